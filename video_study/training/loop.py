@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_trainer', 'make_clips', 'torch_settings', 'save_run', 'train_run', 'diverged', 'score_run', 'finish', 'describe',
-           'Ticker', 'shown_progress', 'work_left', 'run', 'fit']
+           'Ticker', 'shown_progress', 'work_left', 'scored', 'run', 'fit']
 
 # %% ../../nbs/training/loop.ipynb #68819ec0
 import time
@@ -20,7 +20,7 @@ from . import state
 from .evaluate import PROTOCOLS, combine, metrics, score
 from .experiment import Experiment, cost_of, coverage_of, evaluation_split, find_data, resolve
 from .state import Result
-from .trainer import (Diverged, Trainer, channels_last, number_format, pick_device, restore_trainer, set_dropout, train,
+from .trainer import (Diverged, Preempted, Trainer, channels_last, number_format, pick_device, restore_trainer, set_dropout, train,
                                           trainer_state, updates_per_epoch)
 
 # %% ../../nbs/training/loop.ipynb #66d7ba80
@@ -84,11 +84,12 @@ def train_run(
     workers: int,  # of the loader
     every: float,  # seconds between checkpoints within an epoch
     progress,  # called after every update
+    stop=lambda: False,  # asked after every update
 ):
     "Train from where the trainer stands to the end of the recipe."
     size, pin = exp.recipe.batch_size, trainer.device.type == "cuda"
     batches = lambda epoch, start: loader(videos, size, epoch, exp.seed, workers, start, drop_last=len(videos) >= size, pin=pin)
-    try: train(trainer, batches, updates_per_epoch(len(videos), exp.recipe), lambda: save_run(trainer, exp.key, folder), every, progress)
+    try: train(trainer, batches, updates_per_epoch(len(videos), exp.recipe), lambda: save_run(trainer, exp.key, folder), every, progress, stop)
     except Diverged as e: raise diverged(e, exp, videos, folder) from None
 
 # %% ../../nbs/training/loop.ipynb #aa2796a4
@@ -188,6 +189,16 @@ def work_left(
     updates = exp.recipe.epochs * updates_per_epoch(train, exp.recipe) - trainer.step
     return updates + sum(-(-scored // PROTOCOLS[name].videos_of(exp.recipe.batch_size)) for name in exp.evaluation)
 
+# %% ../../nbs/training/loop.ipynb #42a1bf9e
+def scored(
+    step,  # progress, called with the trainer
+    trainer: Trainer,
+    stop,  # says whether to stop
+):
+    "Count a scored batch, or stop: scoring starts again from the checkpoint."
+    step(trainer)
+    if stop(): raise Preempted("stopped while scoring as asked; the same call scores again")
+
 # %% ../../nbs/training/loop.ipynb #107d145e
 def run(
     exp: Experiment,  # resolved
@@ -196,6 +207,7 @@ def run(
     device: torch.device,
     progress,
     every: float,  # seconds
+    stop=lambda: False,  # asked after every batch
 ) -> Result:
     "Do what is left of a run."
     state.claim(folder, exp)
@@ -203,8 +215,8 @@ def run(
     videos, trainer = make_clips(exp, manifest, "train", train=True), make_trainer(exp, len(manifest.classes), device)
     if (folder / "checkpoint.pt").exists(): restore_trainer(trainer, state.load(folder / "checkpoint.pt", exp.key))
     with shown_progress(exp, work_left(trainer, exp, manifest), progress) as step:
-        train_run(trainer, exp, videos, folder, workers, every, step)
-        return finish(trainer, exp, manifest, folder, workers, lambda: step(trainer))
+        train_run(trainer, exp, videos, folder, workers, every, step, stop)
+        return finish(trainer, exp, manifest, folder, workers, lambda: scored(step, trainer, stop))
 
 # %% ../../nbs/training/loop.ipynb #6104479f
 def fit(
@@ -215,6 +227,7 @@ def fit(
     progress=None,  # None: a progress bar; False: nothing; or a function of (batches done, batches in all, text)
     threads: int | None = None,  # of the CPU; None leaves torch's setting
     every: float = 60.0,  # seconds between checkpoints within an epoch; there is always one at its end
+    stop=lambda: False,  # asked after every update and scored batch; once it says so, there is a checkpoint and `Preempted` is raised
 ) -> Result:
     "Run an experiment to its end, or return the result it already has."
     exp, device = resolve(exp), pick_device(device)
@@ -223,4 +236,4 @@ def fit(
     finished = lambda: state.load_result(folder, exp.key) if (folder / "result.json").exists() else None
     if done := finished(): return done
     with state.run_lock(folder, exp.label), torch_settings(threads, device):
-        return finished() or run(exp, folder, workers, device, progress, every)
+        return finished() or run(exp, folder, workers, device, progress, every, stop)

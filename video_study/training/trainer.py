@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'COUNTS', 'pick_device', 'number_format', 'channels_last', 'make_optimizer', 'set_dropout', 'Trainer',
            'trainer_state', 'restore_trainer', 'forward_backward', 'update', 'Diverged', 'check', 'updates_per_epoch',
-           'close_epoch', 'train']
+           'close_epoch', 'Preempted', 'train']
 
 # %% ../../nbs/training/trainer.ipynb #34f8c0a2
 import time
@@ -172,6 +172,10 @@ def close_epoch(
                                 lr=lr, updates=trainer.step, seconds=t["seconds"]))
     trainer.totals = dict.fromkeys(t, 0.0)
 
+# %% ../../nbs/training/trainer.ipynb #03de88b6
+class Preempted(Exception):
+    "A run stopped because it was asked to; its checkpoint is written."
+
 # %% ../../nbs/training/trainer.ipynb #ed12b336
 def train(
     trainer: Trainer,  # may have come some way already
@@ -180,6 +184,7 @@ def train(
     save=lambda: None,  # writes a checkpoint
     every: float = float("inf"),  # seconds between checkpoints within an epoch
     progress=lambda trainer: None,  # called after every update
+    stop=lambda: False,  # asked after every update; once it says so, a checkpoint is written and `Preempted` raised
 ):
     "Train to the end of the recipe."
     saved = time.monotonic()
@@ -190,11 +195,12 @@ def train(
         for left in reversed(range(updates - done)):
             lr = lr_at(trainer.recipe, trainer.step, updates)
             update(trainer, list(islice(stream, trainer.recipe.accumulate)), lr)
-            now = time.monotonic()
-            if not left or now - saved >= every:
+            now, told = time.monotonic(), stop()
+            if told or not left or now - saved >= every:
                 check(trainer)
                 trainer.totals["seconds"] += now - saved
                 saved = now
                 if not left: close_epoch(trainer, lr)
                 save()
             progress(trainer)
+            if told: raise Preempted(f"stopped after update {trainer.step} as asked; the same call continues from there")
