@@ -29,7 +29,8 @@ setup(
     packages=find_packages(include=["video_study", "video_study.*"]),
     package_data={"video_study": ["evidence/published/*.csv"]},
     install_requires=lines("requirements"),
-    extras_require={"study": study, "dev": study + dev},
+    extras_require={"study": study, "video": lines("video_requirements"), "flow": lines("flow_requirements"),
+                    "dev": study + lines("video_requirements") + lines("flow_requirements") + dev},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["video_study=video_study._modidx:d"]},
     zip_safe=False,
 )

@@ -43,16 +43,34 @@ def test_the_danger_is_real(video):
     assert exact == all(number(read(path, [k])[0]) == n for k, n in enumerate(expected))
 
 
-def test_pyav_agrees(video):
+def torchcodec():
+    try: import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError): pytest.skip("torchcodec or the FFmpeg it takes is not installed")
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+def test_other_decoders_agree(video, decoder):
+    if decoder == "torchcodec": torchcodec()
     path, _, expected, _ = video
     idx = [len(expected) - 1, 0, 7, 7]
-    assert [number(f) for f in read(path, idx, decoder="pyav", seek_exact=False)] == [expected[k] for k in idx]
+    assert [number(f) for f in read(path, idx, decoder=decoder, seek_exact=False)] == [expected[k] for k in idx]
 
 
-def test_decoders_show_the_same_picture(folder):
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+@pytest.mark.parametrize("short_side", [None, 48])
+def test_decoders_show_the_same_picture(folder, decoder, short_side):
+    if decoder == "torchcodec": torchcodec()
     path = render(folder / "same.mp4")
-    a, b = (read(path, [3, 30], decoder=d).astype(int) for d in ("decord", "pyav"))
-    assert np.abs(a - b).mean() < 2  # their colour conversions round differently
+    a, b = (read(path, [3, 30], short_side, decoder=d).astype(int) for d in ("decord", decoder))
+    assert a.shape == b.shape and np.abs(a - b).mean() < 2  # their colour conversions round differently
+
+
+def test_torchcodec_jumps_exactly_where_probe_says_so(video):
+    torchcodec()
+    path, _, expected, _ = video
+    info = probe(path, "torchcodec")
+    for k in range(0, len(expected), 7):
+        assert number(read(path, [k], decoder="torchcodec", seek_exact=info.seek_exact)[0]) == expected[k]
 
 
 def test_an_edit_list_hides_frames(folder):

@@ -30,7 +30,7 @@ class Card:
     frames: int = 8  # of a clip
     image_size: int | None = None  # pixels of the square crop; None: what the model is made for
     resize: object = "scaled"  # short side in pixels before cropping; "scaled": 256 for a crop of 224; None: left alone
-    flip: object = "any"  # may clips be mirrored: "any", "none", or class -> the class its mirror image shows
+    flip: object = "any"  # may clips be mirrored: "any", "none", or class -> the class its mirror image shows, null where it shows none of them
     order_blind_ceiling: float | None = None  # the best accuracy without knowing the order of the frames, where it can be proved
     licence: str = "unknown"
     source: str = ""  # where it comes from and how to get it
@@ -69,9 +69,10 @@ def _check_card(
     if not (card.resize in (None, "scaled") or isinstance(card.resize, int)): raise StudyError(f"{where}: resize must be a number of pixels, scaled or null, not {card.resize!r}")
     if isinstance(card.flip, dict):
         for name in [*card.flip, *card.flip.values()]:
+            if name is None: continue
             if not card.classes and isinstance(name, int) and (card.half_of or 0 <= name < card.num_classes): continue  # a number, until the annotation files tell the names
             if name not in card.classes: raise unknown(f"class under flip in {where}", name, card.classes)
-        if any(card.flip.get(b) != a for a, b in card.flip.items()): raise StudyError(f"{where}: under flip each class must be the mirror image of its mirror image")
+        if any(b is not None and card.flip.get(b) != a for a, b in card.flip.items()): raise StudyError(f"{where}: under flip each class must be the mirror image of its mirror image")
     elif card.flip not in ("any", "none"): raise StudyError(f"{where}: flip must be any, none, or a mapping of classes, not {card.flip!r}")
     return card
 

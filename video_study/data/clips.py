@@ -116,6 +116,7 @@ def _decode(
     "Read frames from the file."
     native = int(ds.columns["height"][i]), int(ds.columns["width"][i])
     try:
+        if ds.manifest.has("first"): idx = idx + int(ds.manifest.table["first"][i].as_py())
         frames = read(ds.manifest.file(i), idx, ds.short_side, ds.decoder, bool(ds.columns["seek_exact"][i]), native)
         if frames.shape[1:3] != _size(ds, i): raise StudyError(f"its frames have {frames.shape[1:3]} pixels instead of {_size(ds, i)}; the file is not the one that was listed")
     except StudyError as e:
@@ -145,7 +146,7 @@ def sample(
     chance = rng(ds.seed, "clip", epoch, ds.manifest.table["video_id"][i].as_py())
     idx = clip_indices(int(ds.columns["num_frames"][i]), ds.frames, ds.sampling, ds.stride, rng=chance, **_options(ds))
     box = CROPS[ds.crop](chance, *_size(ds, i), ds.size)
-    mirrored = ds.mirror is not None and chance.random() < 0.5
+    mirrored = ds.mirror is not None and chance.random() < 0.5 and ds.mirror[ds.labels[i]] >= 0
     clip = _pixels(ds, i, idx, box)
     return (clip.flip(2), int(ds.mirror[ds.labels[i]])) if mirrored else (clip, int(ds.labels[i]))
 

@@ -53,7 +53,8 @@ def _decode_all(
 ):
     "Decode all frames of all videos, in order."
     h, w, n, exact = (m.column(c).tolist() for c in ("height", "width", "num_frames", "seek_exact"))
-    one = lambda k: read(m.file(k), range(n[k]), short_side, decoder, exact[k], (h[k], w[k]))
+    first = m.column("first").tolist() if m.has("first") else [0] * len(m)
+    one = lambda k: read(m.file(k), range(first[k], first[k] + n[k]), short_side, decoder, exact[k], (h[k], w[k]))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress(len(m), f"decoding {m.name}", "videos") as bar:
         for k, frames in enumerate(pool.map(one, range(len(m)))):
             if frames.shape != tuple(shapes[k]): raise StudyError(f"{show_path(m.file(k))} is not the video that was listed; build the manifest again")

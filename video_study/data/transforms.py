@@ -123,16 +123,16 @@ def apply_box(
 
 # %% ../../nbs/data/transforms.ipynb #d0f8b493
 def mirrored_labels(
-    flip,  # "any", "none", or class -> the class its mirror image shows
+    flip,  # "any", "none", or class -> the class its mirror image shows, None where it shows none
     classes: tuple,  # names, in the order of the labels
-) -> np.ndarray | None:  # (classes,) int64; None where nothing may be mirrored
+) -> np.ndarray | None:  # (classes,) int64, -1 for a class that may not be mirrored; None where nothing may be
     "Turn the rule of a dataset into a table of labels."
     if flip == "none": return None
     if flip != "any" and not isinstance(flip, dict): raise StudyError(f"flip must be any, none, or a mapping of classes, not {flip!r}")
     rule = flip if isinstance(flip, dict) else {}
     for name in [*rule, *rule.values()]:
-        if name not in classes: raise unknown("class in the flip rule", name, classes)
-    return np.array([classes.index(rule.get(c, c)) for c in classes], np.int64)
+        if name is not None and name not in classes: raise unknown("class in the flip rule", name, classes)
+    return np.array([-1 if rule.get(c, c) is None else classes.index(rule.get(c, c)) for c in classes], np.int64)
 
 # %% ../../nbs/data/transforms.ipynb #f06d163f
 def to_input(
