@@ -40,17 +40,19 @@ def index_files(
     if not found: raise StudyError(f"{show_path(root)} holds no {'folders of frames' if frames else 'videos'}; a dataset has {'--frames for folders of pictures, --videos for video files'}")
     return found
 
-# %% ../../nbs/data/build.ipynb #7ac63040
+# %% ../../nbs/data/build.ipynb #e5215c71
 def match_files(
     stems,  # of each video: a tuple of what its file may be called
     index: dict,  # of `index_files`
 ) -> list:  # path, or None where there is no such file
     "Find the file of each video."
-    by_name = {}
-    for stem, path in index.items(): by_name.setdefault(stem.rsplit("/", 1)[-1], []).append(path)
+    ends = {}
+    for stem, path in index.items():
+        parts = stem.split("/")
+        for k in range(len(parts)): ends.setdefault("/".join(parts[k:]), []).append(path)
     def one(names):
         exact = [index[n] for n in names if n in index]
-        loose = [by_name[n][0] for n in names if len(by_name.get(n, ())) == 1]
+        loose = [ends[n][0] for n in names if len(ends.get(n, ())) == 1]
         return (exact + loose or [None])[0]
     return [one(names) for names in stems]
 
@@ -161,7 +163,7 @@ def _label_columns(
     else: several = rows["boxes"].map(lambda t: sorted({k for box in json.loads(t) for k in box[4]}))
     return rows.assign(label=[v[0] if v else 0 for v in several], labels=[" ".join(map(str, v)) for v in several]).drop(columns=["classes"], errors="ignore")
 
-# %% ../../nbs/data/build.ipynb #a44c42c8
+# %% ../../nbs/data/build.ipynb #4543507c
 def _with_files(
     rows: pd.DataFrame,  # of annotations, numbered
     root: Path,
@@ -172,9 +174,9 @@ def _with_files(
     index = index_files(root, frames)
     rows = rows.assign(path=match_files(rows["stems"], index))
     infos = _glance_all(root, rows["path"].dropna().tolist(), told.fps)
-    said = [infos.get(p, f"missing: no file is called {s[0]}") for p, s in zip(rows["path"], rows["stems"])]
+    said = [infos[p] if isinstance(p, str) else f"missing: no file is called {s[0]}" for p, s in zip(rows["path"], rows["stems"])]
     bad = np.array([isinstance(s, str) for s in said], bool)
-    lost = pd.DataFrame({"path": [p or s[0] for p, s in zip(rows["path"], rows["stems"])], "split": rows["split"], "error": said})[bad].reset_index(drop=True)
+    lost = pd.DataFrame({"path": [p if isinstance(p, str) else s[0] for p, s in zip(rows["path"], rows["stems"])], "split": rows["split"], "error": said})[bad].reset_index(drop=True)
     good = rows[~bad].reset_index(drop=True)
     facts = pd.DataFrame([s for s in said if not isinstance(s, str)], columns=VideoInfo._fields)
     if "num_frames" in good: facts["num_frames"] = np.minimum(good.pop("num_frames"), facts["num_frames"] - good["first"] if "first" in good else facts["num_frames"])
