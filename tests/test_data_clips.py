@@ -1,4 +1,5 @@
 """Batches do not depend on how they are loaded, and loading does not hang."""
+import json
 import os
 import signal
 import shutil
@@ -139,17 +140,55 @@ def test_a_damaged_video_is_named_when_frames_are_kept(videos, tmp_path):
         ClipDataset(broken(videos, tmp_path), 8, 48, train=True, preload="always").store
 
 
-def test_a_killed_worker_is_an_error_and_no_hang(videos, monkeypatch):
-    parent = os.getpid()
-    monkeypatch.setattr(clips, "read", lambda *a: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != parent else None)
-    with pytest.raises(StudyError, match="loading with 1 worker processes failed: DataLoader worker .* Use fewer workers, or none"):
-        list(loader(training(videos), 3, num_workers=1))
+def spoiled(monkeypatch, path, how):
+    "Let reading one file end its process, or never end."
+    parent, true_read = os.getpid(), clips.read
+
+    def read(file, *rest):
+        if str(file) == str(path) and os.getpid() != parent: how()
+        return true_read(file, *rest)
+    monkeypatch.setattr(clips, "read", read)
 
 
-def test_a_worker_that_hangs_is_an_error(videos, monkeypatch):
+HOW = {"crash": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "its decoder crashed .SIGSEGV"), "hang": (lambda: time.sleep(600), "did not finish within 2 seconds")}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_video_that_ends_its_worker_is_named(videos, monkeypatch, how):
     monkeypatch.setattr(clips, "TIMEOUT", 2)
-    monkeypatch.setattr(clips, "read", lambda *a: time.sleep(30))
-    with pytest.raises(StudyError, match="timed out after 2 seconds"): list(loader(training(videos), 3, num_workers=1))
+    ds = training(videos)
+    spoiled(monkeypatch, ds.manifest.file(2), HOW[how][0])
+    with pytest.raises(StudyError, match=f"^video '{ds.manifest.table['video_id'][2].as_py()}' of .*{HOW[how][1]}"): list(loader(ds, 3, num_workers=2))
+
+
+@pytest.mark.parametrize("how", [*HOW, "damage"])
+@pytest.mark.parametrize("train", [True, False])
+def test_training_survives_a_few_bad_videos(videos, tmp_path, monkeypatch, how, train):
+    "Another video takes the place in training, evaluation leaves it out, and both say so."
+    monkeypatch.setattr(clips, "TIMEOUT", 2)
+    monkeypatch.setenv("VIDEO_STUDY_OUTPUTS", str(tmp_path))
+    m = broken(videos, tmp_path) if how == "damage" else videos.split("train")
+    m.failed = {}
+    make = lambda: ClipDataset(m, 8, 48, train=train, seed=3, preload="never", max_failures=0.25)
+    bad = 3 if how == "damage" else 2
+    if how != "damage": spoiled(monkeypatch, m.file(bad), HOW[how][0])
+    a, b = (list(loader(make(), 3, epoch=1, shuffle_seed=5 if train else None, num_workers=n)) for n in (2, 1))
+    assert same(a, b)
+    if how == "damage": assert same(a, list(loader(make(), 3, epoch=1, shuffle_seed=5 if train else None)))
+    seen = torch.cat([x.index for x in a]).tolist()
+    assert sorted(seen) == [k for k in range(len(m)) if train or k != bad]
+    assert m.coverage == (len(m) - 1, len(m))
+    listed = json.loads((tmp_path / "unreadable" / f"{m.name}.json").read_text())
+    assert list(listed) == [m.table["video_id"][bad].as_py()]
+    m.failed.clear()
+
+
+def test_too_many_bad_videos_stop_the_run(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDEO_STUDY_OUTPUTS", str(tmp_path))
+    m = broken(videos, tmp_path)
+    for k in 0, 5: open(m.file(k), "wb").close()
+    with pytest.raises(StudyError, match=r"3 of 8 videos cannot be read, more than 25 %; the first is this: video '"):
+        list(loader(ClipDataset(m, 8, 48, train=True, preload="never", max_failures=0.25), 2, num_workers=2))
 
 
 STORE = """

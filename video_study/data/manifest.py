@@ -96,6 +96,7 @@ class Manifest:
         if "class" in self.table.column_names: self.table = self.table.drop_columns(["class"])
         self.problems = pd.DataFrame(columns=["path", "split", "error"]) if problems is None else problems
         self.card = None  # what `data.catalog` knows of the dataset
+        self.failed = {}  # video_id -> (split, error) of files that a run could not read; shared with all parts
 
     def __len__(self): return self.table.num_rows
     def __repr__(self): return f"Manifest({self.name!r}, {len(self)} videos, {len(self.classes)} classes, {self.hash})"
@@ -150,7 +151,8 @@ def coverage(
     "Compare what there is with what was found or what the card of the dataset promises."
     promised = m.card.splits if m.card else {}
     listed = sum(promised.get(s, 0) for s in m.table["split"].unique().to_pylist())
-    return len(m), max(len(m) + len(m.problems), listed)
+    splits = set(m.table["split"].unique().to_pylist())
+    return len(m) - sum(split in splits for split, _ in m.failed.values()), max(len(m) + len(m.problems), listed)
 
 # %% ../../nbs/data/manifest.ipynb #062d630d
 def take(
@@ -159,7 +161,7 @@ def take(
 ) -> Manifest:  # with the classes of the whole
     "Return some rows."
     part = Manifest(m.table.take(pa.array(rows)), m.classes, m.name, m.root, m.problems)
-    part.card = m.card
+    part.card, part.failed = m.card, m.failed
     return part
 
 # %% ../../nbs/data/manifest.ipynb #5fd26c35
