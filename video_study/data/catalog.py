@@ -49,6 +49,7 @@ class Card:
     evaluated_classes: int | None = None  # how many of them count, where not all do
     squash: bool = False  # the papers scaled frames to a square, whatever their shape
     frames_only: bool = False  # handed out as extracted frames
+    audited: bool = False  # its videos were decoded by `study data check`
 
     @property
     def size(self): return len(self.classes) or self.num_classes  # number of classes

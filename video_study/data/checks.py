@@ -70,6 +70,7 @@ def notes(
 ) -> tuple:  # of sentences
     "State what limits the meaning of results on these videos."
     table, said, (ok, listed) = m.table.select(["path", "label", "split"]).to_pandas(), [], m.coverage
+    if getattr(m.card, "annotations", None) and not m.card.audited: said.append(f"Its videos have not been decoded once: `study data check {m.name}` does it, and makes reading faster.")
     if ok < listed: said.append(f"{listed - ok} of {listed} listed videos cannot be read and are left out.")
     train = table[table.split == "train"]
     for name in SPLITS[1:]:
