@@ -112,13 +112,15 @@ def _add_run(commands):
 
 # %% ../../nbs/launch/cli.ipynb #d7e52e2f
 def _add_data(commands):
-    group = _command(commands, "data", None, "list, add and render datasets").add_subparsers(required=True, metavar="COMMAND")
+    group = _command(commands, "data", None, "list, add, build, check, cache and render datasets").add_subparsers(required=True, metavar="COMMAND")
     _command(group, "list", cmd_data_list, "list the datasets")
     p = _command(group, "add", cmd_data_add, "make a dataset of a folder of labelled videos", "example: study data add myvideos --name mydata")
     p.add_argument("folder", help="with <label>/<video> or <split>/<label>/<video>")
     p.add_argument("--name", required=True, help="what to call it: -p data NAME then uses it")
     p = _command(group, "render", cmd_data_render, "render embedded datasets now instead of on first use", "example: study data render motion scene")
     p.add_argument("name", nargs="+", help="an embedded dataset")
+    from video_study.launch.data_cli import add_data_commands
+    add_data_commands(group, _command)
 
 # %% ../../nbs/launch/cli.ipynb #e55b146a
 def _add_results(commands):
