@@ -14,6 +14,7 @@ import numpy as np, torch
 from ..core import StudyError, outputs, rng, unknown, write_json
 from .decode import fit_short_side, read
 from .isolate import Failure, Isolated
+from .packs import SUFFIX
 from .sampling import clip_indices
 from .store import open_store
 from .transforms import CROPS, Box, apply_box, boxes, mirrored_labels, to_input
@@ -94,6 +95,9 @@ def _check(
     boxes(1, 1, 1, ds.crops)
     ds.mirror
     smallest = ds.short_side or int(min(ds.columns["height"].min(), ds.columns["width"].min()))
+    stored = int(np.minimum(ds.columns["height"], ds.columns["width"]).min()) if ds.short_side and ds.manifest.table["path"][0].as_py().endswith(SUFFIX) else None
+    if stored and stored < ds.short_side:
+        raise StudyError(f"the cache {ds.manifest.name!r} holds frames with a short side of {stored} pixels, {ds.short_side} are asked for; make another with --short-side {ds.short_side}, or set resize to {stored} or less")
     if smallest < ds.size: raise StudyError(f"frames with a short side of {smallest} pixels have no room for crops of {ds.size}; choose a smaller size, or resize")
 
 # %% ../../nbs/data/clips.ipynb #5aa7c818
