@@ -8,7 +8,7 @@ import data_layouts as layouts
 import numpy as np
 import pytest
 from video_study.core import StudyError
-from video_study.data import cache
+from video_study.data import cache, flow, packs as pack_files
 from video_study.data.build import build
 from video_study.data.cache import make_cache
 from video_study.data.catalog import dataset
@@ -43,6 +43,26 @@ def test_jpeg_frames_are_close(built):
     a, b = dataset("kinetics_small"), dataset("kinetics_small_cache48")
     for k in range(len(a)): assert np.abs(cache.read(a.file(k), [3], seek_exact=False).astype(int) - cache.read(b.file(k), [3])).mean() < 4
     assert clips("kinetics_small_cache48").shape == (3, 4, 32, 32, 3)
+
+
+def test_both_jpeg_decoders_give_the_same_pixels():
+    pytest.importorskip("cv2")
+    frame = np.random.RandomState(0).randint(0, 256, (41, 67, 3)).astype(np.uint8)
+    data = pack_files._encode(frame, 90)
+    assert (pack_files._by_opencv(data) == pack_files._by_pillow(data)).all()
+
+
+def test_flow_lies_beside_the_frames(built):
+    pytest.importorskip("cv2")
+    lines = flow.make_flow("kinetics_small", 48)
+    assert lines[0].startswith("kinetics_small_flow48: the flow of 5 of 5 videos")
+    m, videos = dataset("kinetics_small_flow48"), dataset("kinetics_small")
+    stored = cache.read(m.file(1), range(12))
+    assert (stored == flow.quantise(flow.farneback(cache.read(videos.file(1), range(12), 48, seek_exact=False)))).all()
+    assert clips("kinetics_small_flow48").shape == (3, 4, 32, 32, 3) and m.card.flip == "none"
+    before = packs(built)
+    flow.make_flow("kinetics_small", 48)
+    assert packs(built) == before
 
 
 def test_a_cache_of_another_resolution_is_refused(built):
