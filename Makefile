@@ -20,7 +20,7 @@ dev:
 
 test: dev
 	VIDEO_STUDY_DATA="$(CURDIR)/outputs/data" $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # what is committed is what the notebooks export, and they are clean
 check: dev

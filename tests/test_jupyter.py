@@ -1,7 +1,9 @@
 """JupyterLab for real: a server, a browser, "Run All Cells", and what a reader then sees on the page."""
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,14 +17,7 @@ import pytest
 from video_study.core import data_home
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 pytestmark = pytest.mark.browser
-
-
-DONE = """() => {
-    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')].map(p => p.innerText);
-    return prompts.some(p => /\\[\\d+\\]/.test(p)) && !prompts.some(p => p.includes('*'));
-}"""
 
 
 def free_port():
@@ -36,11 +31,8 @@ def chromium():
     path = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
     if path is None:
         pytest.skip("no Chromium on this machine; on Debian or Ubuntu: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make dev` installs it")
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, headless=True, args=FLAGS)
-        yield browser
-        browser.close()
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make dev` installs it")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +69,7 @@ def lab(project):
     env = os.environ | dict(VIDEO_STUDY_ROOT=str(project), VIDEO_STUDY_SMALL="1", VIDEO_STUDY_DATA=str(data_home()), JUPYTER_CONFIG_DIR=str(project / "config"), JUPYTER_DATA_DIR=str(project / "share"),
                             JUPYTERLAB_SETTINGS_DIR=str(project / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(project / "workspaces"))
     with open(log, "w") as out:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, cwd=project)
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, cwd=project, start_new_session=True)
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
     try:
         while True:
@@ -90,45 +82,34 @@ def lab(project):
         yield url
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
-def run_all(chromium, url, name, seconds, picture):
-    """Open a notebook, run all its cells, wait until every cell has run; return the page."""
-    page = chromium.new_page(viewport=dict(width=1400, height=1000))
-    page.goto(f"{url}/lab/tree/nbs/{name}?reset", timeout=60_000)
-    page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_selector("#jp-bottom-panel :text('| Idle'), .jp-StatusBar-Widget :text('| Idle')", timeout=60_000)  # the kernel is connected
-    page.click(".lm-MenuBar-itemLabel:text-is('Run')")
-    page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+def read_page(chromium, url, name, seconds, folder):
+    """Run all cells of a notebook in a browser of its own, which is ended with its children if it hangs; what it then finds on the page."""
+    words = [sys.executable, str(ROOT / "tests" / "jupyter_page.py"), chromium, f"{url}/lab/tree/nbs/{name}?reset", str(seconds), str(folder)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
     try:
-        page.wait_for_function(DONE, timeout=seconds * 1000)
-    finally:
-        page.screenshot(path=picture)
+        out, err = process.communicate(timeout=seconds + 60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=30)
+        pytest.fail(f"the browser hangs; it got to: {err[-2000:]}")
+    assert process.returncode == 0, err[-2000:]
+    page = json.loads(out)
+    assert page["error"] == [] and page["stderr"] == []  # no cell may end in an error or write a warning
     return page
 
 
-def check(page):
-    """No cell may end in an error or write a warning."""
-    for kind in ("error", "stderr"):
-        found = page.locator(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{kind}"]')
-        assert found.count() == 0, found.first.inner_text()
-
-
 def test_the_index_runs_and_shows_the_map(chromium, lab, tmp_path):
-    page = run_all(chromium, lab, "index.ipynb", 60, tmp_path / "index.png")
-    check(page)
-    links = page.locator(".jp-OutputArea-output a[href*='ablation_tam.ipynb']")
-    assert links.count() == 1 and links.first.inner_text() == "ablation_tam"
+    page = read_page(chromium, lab, "index.ipynb", 100, tmp_path)
+    assert [text for text, target in page["links"] if "ablation_tam.ipynb" in target] == ["ablation_tam"]
 
 
 def test_the_ablation_runs_and_shows_its_table_and_figure(chromium, lab, tmp_path):
-    page = run_all(chromium, lab, "ablation_tam.ipynb", 600, tmp_path / "ablation_tam.png")
-    check(page)
-    table = page.locator(".jp-OutputArea-output table").filter(has_text="tam").filter(has_text="tsn")
-    assert table.count() >= 1
-    figure = page.locator(".jp-OutputArea-output img")
-    assert figure.count() >= 1
-    size = figure.first.evaluate("img => [img.naturalWidth, img.naturalHeight]")
-    assert min(size) > 100, size
-    figure.first.screenshot(path=tmp_path / "figure.png")
+    page = read_page(chromium, lab, "ablation_tam.ipynb", 220, tmp_path)
+    assert any("tam" in text and "tsn" in text for text in page["tables"])
+    assert page["images"] and min(page["images"][0]) > 100

@@ -114,8 +114,9 @@ def why_failed(
 # %% ../../nbs/launch/notebooks.ipynb #caf416c4
 def _execute(source, part, values, folder, quiet):
     "Run papermill under the live line; return where it stopped and the exception, if any."
-    import papermill
+    import logging, papermill
     from traitlets.config import Config
+    for name in ("asyncio", "papermill"): logging.getLogger(name).setLevel(logging.CRITICAL)  # how a run ends is told once, by `why_failed`
     patience = Config(KernelManager=dict(shutdown_wait_time=2.))  # seconds until a kernel that does not end is killed
     cells = notebook_cells(source)
     headings = {c.get("id"): heading_of(cells, i) for i, c in enumerate(cells)}

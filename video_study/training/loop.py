@@ -233,7 +233,11 @@ def fit(
     exp, device = resolve(exp), pick_device(device)
     number_format(exp.recipe, device)
     folder = Path(folder) if folder is not None else state.run_folder(exp.key)
-    finished = lambda: state.load_result(folder, exp.key) if (folder / "result.json").exists() else None
+    def finished():
+        if not (folder / "result.json").exists(): return None
+        done = state.load_result(folder, exp.key)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # left by a process that was killed at its very end
+        return done
     if done := finished(): return done
     with state.run_lock(folder, exp.label), torch_settings(threads, device):
         return finished() or run(exp, folder, workers, device, progress, every, stop)
