@@ -76,7 +76,7 @@ def group_accuracies(
     for (system, on, frames), group in runs.groupby(["system", "on", "frames"], sort=False):
         per_run = [within_groups(k, groups, protocol) for k in group["key"]]
         for name in groups:
-            i = interval(np.stack([r[name] for r in per_run]))
+            i = interval(np.stack([r[name] for r in per_run]), bounds=(0, 100))
             rows.append({"system": system, option: bool(on), "frames": frames, "group": name, "mean": i.mean, "low": i.low, "high": i.high})
     return pd.DataFrame(rows)
 

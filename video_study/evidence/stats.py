@@ -73,11 +73,12 @@ def contrast(
     level: float = 0.95,  # share of the resamples inside
     draws: int = 4000,  # number of resamples
     seed: int = 0,  # of the resampling
+    bounds=(-np.inf, np.inf),  # the lowest and highest value that the sum can have at all
 ) -> Interval:  # of the weighted sum of accuracies
     "Measure a sum of accuracies with its interval over seeds and videos."
     terms = _checked(terms)
     drawn = resample(terms, draws, seed)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.clip(np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]), *bounds)
     mean = float(sum(c * x.mean() for c, x, _ in terms))
     seeds, videos = (min(x.shape[axis] for _, x, _ in terms) for axis in (0, 1))
     return Interval(mean, float(low), float(high), level, seeds, videos, drawn)
@@ -85,7 +86,7 @@ def contrast(
 # %% ../../nbs/evidence/stats.ipynb #0862381c
 def interval(
     scores,  # (seeds, videos); 0 and 1, or 0 and 100 for percent
-    **kw,  # level, draws, seed
+    **kw,  # level, draws, seed, bounds
 ) -> Interval:  # of the accuracy
     "Measure an accuracy with its interval over seeds and videos."
     return contrast([(1, scores, "videos")], **kw)
