@@ -203,8 +203,8 @@ def _dataset(
         m = _manifest_of(told, _cards()[name].parent)
         m.card = told
         if told.embedded:
-            from video_study.data.embedded import render
-            _render(m.validate(files=False), render)
+            from video_study.data import embedded, staged
+            _render(m.validate(files=False), (staged if name in staged.DRAW else embedded).render)
     if m.classes != m.card.classes: raise StudyError(f"manifest and card of {m.name!r} name different classes; build the manifest again")
     return m.validate()
 

@@ -38,7 +38,7 @@ def _read_file(
     if not path.is_file(): raise StudyError(f"no manifest {show_path(path)}")
     try:
         if path.suffix == ".parquet": return parquet.read_table(path)
-        return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types={**COLUMNS, "class": pa.string()}))
+        return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types={**COLUMNS, **dict.fromkeys(("class", "labels", "boxes", "proposals"), pa.string())}))
     except (pa.ArrowInvalid, pa.ArrowKeyError) as e:
         raise StudyError(f"{show_path(path)} is not a manifest: {str(e).splitlines()[0]}") from e
 

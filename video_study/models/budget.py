@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core import Progress, StudyError, atomic_write
-from .adaptive import STATISTICS, Adaptive, Config, adaptive, check, check_range, extract, inputs, skeleton
+from .adaptive import STATISTICS, Adaptive, Config, adaptive, check, extract, inputs, skeleton
 from .cost import Cost, count, meta_copy
 from .registry import create_model
 
@@ -115,7 +115,7 @@ def config_cost(
     crop: int | None = None,  # side of the clip that several pathways share; see `clip_of`
 ) -> Cost:  # of one clip
     "Count a configuration exactly, on the meta device."
-    config = check_range(net, config)
+    config = check(net, config)
     slim, _ = skeleton(net, config.width, config.frames)
     return count(slim, clip_of(net, slim, config, crop))
 
@@ -143,7 +143,7 @@ def cost_surface(
     "Count many configurations exactly."
     places, weights, rows = {}, {}, []
     for c in configs:
-        c = check_range(net, c)
+        c = check(net, c)
         if c.width not in weights: weights[c.width] = {n: p.numel() for n, p in skeleton(net, c.width, net.whole.frames)[0].named_parameters()}
         if (c.frames, c.size) not in places: slim, _ = skeleton(net, c.width, c.frames); places[c.frames, c.size] = positions(slim, clip_of(net, slim, c))
         macs = sum(n * weights[c.width][f"{layer}.weight"] for layer, n in places[c.frames, c.size].items())
@@ -161,6 +161,7 @@ def tradeoff(
 ) -> BudgetTable:
     "Calibrate, evaluate and cost each configuration (A3D Sec. 3.3)."
     rows, configs = [], [check(net, c) for c in configs]
+    for c in configs if calibration else (): inputs(net, skeleton(net, c.width, c.frames)[0], calibration[0][:1], c)  # clips are large enough for all, or nothing is done
     with Progress(max(len(configs), 1), "trade-off", "configurations") as bar:
         for config in configs:
             calibrate(net, config, calibration)

@@ -52,15 +52,15 @@ def feature_channels(
     model: nn.Module,  # with a method `features`
 ) -> int:  # of its last feature map
     "Count the channels that a network's features have, without computing them."
-    if not hasattr(model, "features"): raise StudyError(f"{model.spec.name} has no features over time and space, which detection needs; use a 3D network such as slow_resnet50")
-    with torch.no_grad(): return meta_copy(model).features(torch.empty(1, 3, model.spec.frames, 64, 64, device="meta")).shape[1]
+    if not hasattr(model, "features"): raise StudyError(f"{type(model).__name__} has no features over time and space, which detection needs; use a model from create_model, or extract(net, config) of an adaptive one")
+    with torch.no_grad(): return meta_copy(model).features(torch.empty(1, len(model.spec.mean), model.spec.frames, 64, 64, device="meta")).shape[1]
 
 # %% ../../nbs/models/detection.ipynb #412de18a
 class Detector(nn.Module):
     "What each of some people does, from a video network's features."
     head_names = ("fc",)
     def __init__(self,
-        backbone: nn.Module,  # from `create_model`; its classifier is taken away
+        backbone: nn.Module,  # from `create_model`; its classifier is taken away, and what stands behind res5
         num_classes: int = 80,  # actions; AVA lists 80 and evaluates 60
         dropout: float = 0.5,  # before the classifier
         resolution: int = 7,  # cells of an aligned region to each side
@@ -69,7 +69,7 @@ class Detector(nn.Module):
         super().__init__()
         channels = feature_channels(backbone)
         for name in backbone.head_names:
-            parent, _, child = name.rpartition(".")
+            parent, _, child = ("head" if name == "head.fc" else name).rpartition(".")  # a head of several layers goes as a whole
             setattr(backbone.get_submodule(parent), child, nn.Identity())
         self.backbone, self.spec, self.resolution, self.aligned = backbone, backbone.spec, resolution, aligned
         self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(channels, num_classes)

@@ -12,7 +12,7 @@ from torch import nn
 from ..core import StudyError
 from .backbones import BACKBONES, InceptionV1, ResNet, create_backbone, fill
 from .registry import check_clip, register
-from .temporal import POOLINGS, TAM, NonLocal, TemporalPool, TemporalShift, fold, pooled_frames
+from .temporal import POOLINGS, TAM, NonLocal, TemporalPool, TemporalShift, fold, pooled_frames, unfold
 
 # %% ../../nbs/models/frame2d.ipynb #8a045eb1
 class FrameNet(nn.Module):
@@ -29,10 +29,14 @@ class FrameNet(nn.Module):
         self.backbone, self.frames, self.frames_out = backbone, frames, frames_out
         self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(backbone.out_channels, num_classes)
 
-    def forward(self, x):  # (B, 3, T, H, W) -> (B, num_classes)
+    def maps(self, x):  # (B, 3, T, H, W) -> features of each frame that is left (B*T', C, h, w)
         check_clip(x, self.frames, self.backbone.min_size)
-        x = fold(x).contiguous(memory_format=torch.channels_last)
-        x = self.backbone(x).mean((2, 3))
+        return self.backbone(fold(x).contiguous(memory_format=torch.channels_last))
+
+    def features(self, x): return unfold(self.maps(x), self.frames_out)  # (B, C, T', h, w)
+
+    def forward(self, x):  # (B, 3, T, H, W) -> (B, num_classes)
+        x = self.maps(x).mean((2, 3))
         return self.fc(self.dropout(x)).unflatten(0, (-1, self.frames_out)).mean(1)
 
 # %% ../../nbs/models/frame2d.ipynb #8d2af879
@@ -56,7 +60,7 @@ def frame_net(
 
 # %% ../../nbs/models/frame2d.ipynb #6e6f9341
 ALL = tuple(BACKBONES)
-INPUT = dict(mean=lambda b: BACKBONES[b].mean, std=lambda b: BACKBONES[b].std)  # normalisation goes with the image network
+INPUT = dict(mean=lambda b: BACKBONES[b].mean, std=lambda b: BACKBONES[b].std, imagenet=True)  # normalisation goes with the image network
 
 # %% ../../nbs/models/frame2d.ipynb #f91e83ef
 @register("tsn", ALL, "Wang et al. 2016; Deep Analysis, supplement Sec. 5", **INPUT)

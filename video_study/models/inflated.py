@@ -108,7 +108,7 @@ class Inflated(nn.Module):
 # %% ../../nbs/models/inflated.ipynb #ffd4932a
 RESNETS = tuple(name for name in BACKBONES if name.startswith("resnet"))
 SOURCE = "Deep Analysis, supplement Sec. 5"
-INPUT = dict(mean=lambda b: BACKBONES[b].mean, std=lambda b: BACKBONES[b].std)  # normalisation goes with the image network
+INPUT = dict(mean=lambda b: BACKBONES[b].mean, std=lambda b: BACKBONES[b].std, imagenet=True)  # normalisation goes with the image network
 
 # %% ../../nbs/models/inflated.ipynb #7ef72a83
 def _resnet(dense, backbone, num_classes, frames, width, temporal_pooling, pool_by, inflation, dropout):

@@ -36,7 +36,7 @@ class ModelSpec:
 
 # %% ../../nbs/models/registry.ipynb #1df9363b
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's image networks
-DEFAULTS = dict(frames=8, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=224, sampling="uniform", stride=1)
+DEFAULTS = dict(frames=8, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop=224, sampling="uniform", stride=1, imagenet=False)  # the last: whether there are ImageNet weights to start from
 FAMILIES = ["frame2d", "r2plus1d", "inflated", "twostream", "slow", "slowfast", "x3d", "efficientnet3d", "a3d", "blresnet", "blvnet", "tam3d"]  # the modules of this room that register models; a new family adds its name
 MODELS = {}  # name -> Entry
 
@@ -136,10 +136,11 @@ def _check_option(model, key, value, hint):
             raise StudyError(f"option {key}={value!r} of {model} is not of type {hint.__name__}")
 
 # %% ../../nbs/models/registry.ipynb #b9ed9972
-def _check_weights(weights, width):
+def _check_weights(entry, weights, width):
     "Refuse weights that cannot be had."
     if weights is None: return
     if weights == "imagenet":
+        if not entry.defaults["imagenet"]: raise StudyError(f"there are no ImageNet weights for {entry.name}; use weights=None or a checkpoint file")
         if width != 1: raise StudyError(f"ImageNet weights exist for width=1.0 only, not width={width}; use weights=None")
     elif not Path(weights).is_file():
         raise StudyError(f"weights file {str(weights)!r} does not exist; give a checkpoint file, \"imagenet\" or None")
@@ -164,7 +165,7 @@ def model_spec(
         if not entry.options: raise StudyError(f"{name} has no options, so no {key!r} either")
         if key not in entry.options: raise unknown(f"option of {name}", key, entry.options)
         _check_option(name, key, value, hints.get(key))
-    _check_weights(weights, width)
+    _check_weights(entry, weights, width)
     options = entry.options | options
     return ModelSpec(name, entry.system, entry.backbone, num_classes, frames, float(width), options.pop("temporal_pooling", False),
                      *(entry.defaults[k] for k in ("mean", "std", "crop", "sampling", "stride")), None if weights is None else str(weights), options)

@@ -38,9 +38,13 @@ class TwoStream(nn.Module):
         super().__init__()
         self.rgb, self.flow, self.flow_weight = rgb, flow, flow_weight
 
-    def forward(self, x):
+    def streams(self, x):  # RGB and flow
         check_clip(x, x.shape[2] if x.ndim == 5 else 0, 1, 5)
-        return fuse(self.rgb(x[:, :3]), self.flow(x[:, 3:]), self.flow_weight)
+        return x[:, :3], x[:, 3:]
+
+    def features(self, x): return torch.cat([net.features(part) for net, part in zip((self.rgb, self.flow), self.streams(x))], 1)  # maps of both, side by side
+
+    def forward(self, x): return fuse(*(net(part) for net, part in zip((self.rgb, self.flow), self.streams(x))), self.flow_weight)
 
 # %% ../../nbs/models/twostream.ipynb #86edcb57
 @register("twostream", tuple(f"r2plus1d_{d}" for d in DEPTHS), "A Closer Look at Spatiotemporal Convolutions, Sec. 4.4",

@@ -122,7 +122,7 @@ def shared_loader(
     made = (clips.make_batch(videos, epoch, rows) for rows in parts)
     return (clips.Batch(*(t.pin_memory() for t in b)) for b in made) if pin else made
 
-# %% ../../nbs/training/distributed.ipynb #588797c7
+# %% ../../nbs/training/distributed.ipynb #71d1b364
 class Reducer:
     "Averages gradients over processes while they are being computed."
     def __init__(self,
@@ -154,7 +154,9 @@ class Reducer:
         while len(self.sent) < len(self.buckets): self.send()
         for bucket, flat, work in self.sent: work.wait(); fill([p.grad if p.grad is not None else _new_grad(p) for p in bucket], flat / world())
         self.armed, self.sent = False, []
-        if self.buffers: average(self.buffers)
+        self.average_buffers()
+
+    def average_buffers(self): average(self.buffers) if self.buffers else None
 
 # %% ../../nbs/training/distributed.ipynb #ff1702ea
 def _new_grad(p):

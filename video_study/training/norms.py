@@ -50,7 +50,7 @@ class Shared:
         remember(self, mean.detach(), var.detach() * count / (count - 1))
         return (centred * (var + self.eps).rsqrt().view(shape) * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
 
-# %% ../../nbs/training/norms.ipynb #992a11ad
+# %% ../../nbs/training/norms.ipynb #9a5d860a
 def norm_layers(model: nn.Module) -> list: return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # that normalise over batches
 
 def _plain(layer): return next(c for c in type(layer).__mro__ if c not in (Grouped, Shared, nn.SyncBatchNorm) and not issubclass(c, (Grouped, Shared)))
@@ -59,12 +59,13 @@ def set_norms(
     model: nn.Module,  # changed in place
     bn_clips: int,  # clips of a group; 0: the whole batch, over all processes
     clips: int,  # in a forward pass of this process
+    cuda: bool | None = None,  # whether it will run on a GPU; None: as its weights
 ) -> nn.Module:
     "Choose over which clips a model normalises in training."
     for m in norm_layers(model):
         if bn_clips and bn_clips < clips: m.__class__, m.groups = _with(Grouped, _plain(m)), clips // bn_clips
         elif world() == 1 or bn_clips: continue
-        elif m.weight.is_cuda: m.__class__, m.process_group = nn.SyncBatchNorm, dist.group.WORLD
+        elif m.weight.is_cuda if cuda is None else cuda: m.__class__, m.process_group = nn.SyncBatchNorm, dist.group.WORLD
         else: m.__class__ = _with(Shared, _plain(m))
     return model
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'FULL', 'run_folder', 'check_owner', 'read_json', 'claim', 'room_for', 'save', 'load', 'run_lock', 'Result',
-           'write_result', 'load_result', 'save_scores', 'load_scores', 'save_log']
+           'write_result', 'load_result', 'save_scores', 'same_views', 'load_scores', 'save_log', 'cut_steps']
 
 # %% ../../nbs/training/state.ipynb #48810384
 import errno, io, json, pickle
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..core import Progress, StudyError, atomic_write, outputs, show_path, write_json
+from .evaluate import PROTOCOLS
 from .experiment import Experiment
 
 # %% ../../nbs/training/state.ipynb #ec36cd48
@@ -120,7 +121,7 @@ class Result:
     "What a finished run found."
     key: str  # of the experiment
     experiment: Experiment
-    metrics: dict  # protocol -> top1, top5, mean_class_accuracy (shares from 0 to 1), videos
+    metrics: dict  # protocol -> top1, top5, mean_class_accuracy (shares from 0 to 1), videos; see training.metrics
     coverage: dict  # split -> [videos scored, videos listed]
     cost: dict  # params, weights, macs, conv_macs of one clip
     environment: dict  # software and hardware of the process that finished the run
@@ -130,7 +131,8 @@ class Result:
     folder: Path  # where it lies
 
     def __repr__(self):
-        scores = ", ".join(f"{name} top-1 {100 * m['top1']:.1f} %" for name, m in self.metrics.items())
+        first = lambda m: f"mAP {100 * m['mAP']:.1f} %" if "mAP" in m else f"top-1 {100 * m['top1']:.1f} %"
+        scores = ", ".join(f"{name} {first(m)}" for name, m in self.metrics.items())
         return f"Result({self.experiment.label}: {scores})"
     @staticmethod
     def load(where): return load_result(where)
@@ -170,6 +172,9 @@ def save_scores(
     np.savez(buffer, **arrays)
     with room_for(path), atomic_write(path, "wb") as f: f.write(buffer.getbuffer())
 
+# %% ../../nbs/training/state.ipynb #c997ba35
+def same_views(protocol: str) -> list: return [n for n, p in PROTOCOLS.items() if protocol in PROTOCOLS and p.scored == PROTOCOLS[protocol].scored]  # protocols
+
 # %% ../../nbs/training/state.ipynb #f9725444
 def load_scores(
     folder,  # of a run
@@ -178,7 +183,8 @@ def load_scores(
     "Read the scores of a run."
     with np.load(Path(folder) / "scores.npz", allow_pickle=False) as f:
         if protocol not in f: raise StudyError(f"{show_path(folder)} has no scores for {protocol!r}; it has {', '.join(n[:-6] for n in f if n.endswith('_views'))}")
-        return dict(scores=f[protocol], views=f[f"{protocol}_views"], labels=f["labels"], video_ids=f["video_ids"])
+        views = next(f"{name}_views" for name in [protocol, *same_views(protocol)] if f"{name}_views" in f)
+        return dict(scores=f[protocol], views=f[views], labels=f["labels"], video_ids=f["video_ids"])
 
 # %% ../../nbs/training/state.ipynb #949464ac
 def save_log(
@@ -188,3 +194,14 @@ def save_log(
     "Write the log anew."
     path = Path(folder) / "log.jsonl"
     with room_for(path), atomic_write(path) as f: f.writelines(json.dumps(line) + "\n" for line in history)
+
+# %% ../../nbs/training/state.ipynb #37c167af
+def cut_steps(
+    folder,  # of a run
+    step: int,  # updates that are done
+):
+    "Forget what was told of updates that will be done again."
+    path = Path(folder) / "steps.jsonl"
+    if not path.exists(): return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    with room_for(path), atomic_write(path) as f: f.writelines(line + "\n" for line in lines)
