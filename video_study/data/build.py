@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from ..core import StudyError, show_path
-from .annotations import Annotations, proposals, read_annotations
+from .annotations import read_annotations
+from .ava import proposals
 from .cards import Card
 from .catalog import keep_dataset, published_card
 from .checks import SPLITS
@@ -20,6 +21,7 @@ from .decode import VideoInfo
 from .files import glance_all, index_files, match_files
 from .lists import from_lists
 from .manifest import Manifest
+from .official import Annotations
 from .printed import report
 
 # %% ../../nbs/data/build.ipynb #45a6f272

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import StudyError, show_path, unknown
-from .annotations import Annotations
 from .manifest import SUFFIXES
+from .official import Annotations
 
 # %% ../../nbs/data/lists.ipynb #285f5ef6
 LISTS = {"video": ("path", "label"), "rawframes": ("path", "num_frames", "label"), "ibm": ("path", "start", "end", "label")}
