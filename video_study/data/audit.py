@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from ..core import Progress, StudyError, atomic_write, content_hash, outputs, rng, show_path
 from .catalog import dataset, keep_dataset, published_card
-from .decode import probe, read
+from .decode import read
 from .isolate import Failure, Isolated
 from .manifest import Manifest
 from .printed import printed_lines
+from .probing import probe
 from .sampling import uniform_indices
 
 # %% ../../nbs/data/audit.ipynb #1fbf8a1d

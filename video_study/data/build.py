@@ -16,13 +16,13 @@ from .ava import proposals
 from .cards import Card
 from .catalog import keep_dataset, published_card
 from .checks import SPLITS
-from .classes import check_classes, choose_classes, flip_rule, read_names
-from .decode import VideoInfo
+from .classes import check_card_classes, choose_classes, flip_rule, read_names
 from .files import glance_all, index_files, match_files
 from .lists import from_lists
 from .manifest import Manifest
 from .official import Annotations
 from .printed import report
+from .probing import VideoInfo
 
 # %% ../../nbs/data/build.ipynb #45a6f272
 def _label_columns(
@@ -112,7 +112,7 @@ def _read(told: Card, annotations, lists, class_names, fold: int) -> Annotations
     if lists: said = from_lists(lists, told.classes or (read_names(class_names) if class_names else ()))
     elif told.annotations in (None, "list"): raise StudyError(f"{told.name} is built from lists: --train-list FILE --val-list FILE --class-names FILE")
     else: said = read_annotations(told.annotations, annotations, fold)
-    check_classes(published_card(told.half_of) if told.half_of and not lists else told, said.classes)
+    check_card_classes(published_card(told.half_of) if told.half_of and not lists else told, said.classes)
     return said
 
 # %% ../../nbs/data/build.ipynb #ceb4ae19

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['find_files', 'index_files', 'match_files', 'glance', 'glance_all']
 
-# %% ../../nbs/data/files.ipynb #664e1450
+# %% ../../nbs/data/files.ipynb #f55b1dab
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from ..core import Progress, StudyError, show_path
-from .decode import PICTURES, VideoInfo, probe
+from .decode import PICTURES
 from .manifest import SUFFIXES
+from .probing import VideoInfo, probe
 
 # %% ../../nbs/data/files.ipynb #20033e3f
 def find_files(
