@@ -104,7 +104,7 @@ base("DA-22", "Non-local blocks cost 5.5 to 6.5 times TSN in FLOPs and add 6.5 t
     printed=_both("NLN / TSN", "nln", "tsn", 5.5, 6.5, metrics=(("flops", "macs"),))["printed"] + (gap(MORE, t3("nln", metric="params"), t3("tsn", metric="params"), 6.5, 7.5),),
     rebuilt=_both("NLN / TSN", "nln", "tsn", 5.5, 6.5, metrics=(("flops", "macs"),))["rebuilt"]
         + (gap(MORE, cost("nln_resnet50", "params", classes=87), cost("tsn_resnet50", "params", classes=87), 6.5e6, 7.5e6),),
-    note="The 196 G of Table 3 come out of no form of five non-local blocks that we know: convolutions and full attention over 8 frames make half of it. The parameters fit.")
+    note="The 196 G of Table 3 come out of no form of five non-local blocks that we know: convolutions and full attention over 8 frames make half of it, and our network, which pools keys and values, a third. The parameters fit.")
 
 # %% ../../nbs/evidence/rules_da.ipynb #25acc180
 POOLED = [cost("tsn_resnet50", "macs", 32, 256, temporal_pooling=True), cost("tsn_resnet50", "macs", 32, 256)]
