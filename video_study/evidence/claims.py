@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SHARED', 'ALPHA', 'MIN_SEEDS', 'BLANK', 'MATTER', 'WORST', 'Statement', 'compare', 'Ranking', 'Rule',
-           'judge_printed', 'judge_rebuilt', 'judge_measured', 'ledger']
+           'printed_number', 'judge_printed', 'judge_rebuilt', 'judge_measured', 'ledger']
 
 # %% ../../nbs/evidence/claims.ipynb #e8e10d9d
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, prod
 import pandas as pd
 from ..core import StudyError, unknown
-from .published import cell, claims
+from .published import cell, cells, claims
 from .results import correct_table
 from .stats import contrast, holm, p_value, smallest_difference
 
@@ -72,8 +72,23 @@ def _part(claim, kind, says, verdict, why="", **numbers):
 
 # %% ../../nbs/evidence/claims.ipynb #772bdb57
 def _combine(statement, numbers):
-    if statement.ratio: return numbers[0] / numbers[1]
-    return round(sum(c * n for (c, _), n in zip(statement.terms, numbers)), 9)
+    weighed = [c * n for (c, _), n in zip(statement.terms, numbers)]
+    return weighed[0] / weighed[1] if statement.ratio else round(sum(weighed), 9)
+
+# %% ../../nbs/evidence/claims.ipynb #233c6cf5
+def printed_number(
+    where: dict,  # columns of one cell; or product=(where, ...); or number_of=columns of several cells; `times` names a numeric column to multiply with
+) -> tuple:  # the number, and what stands in print
+    "Read what a term points at."
+    if "product" in where:
+        found = [printed_number(w) for w in where["product"]]
+        return prod(n for n, _ in found), " x ".join(text for _, text in found)
+    if "number_of" in where:
+        n = len(cells(**where["number_of"]))
+        return n, f"{n} cells"
+    times = where.get("times")
+    row = cell(**{k: v for k, v in where.items() if k != "times"})
+    return (row["number"] * float(row[times]), f"{row['value']} x {row[times]} {times}") if times else (row["number"], row["value"])
 
 # %% ../../nbs/evidence/claims.ipynb #8529d467
 def judge_printed(
@@ -82,9 +97,9 @@ def judge_printed(
     "Hold a claim against the numbers that its paper prints."
     parts = []
     for s in rule.printed:
-        rows = [cell(**where) for _, where in s.terms]
-        value = _combine(s, [r["number"] for r in rows])
-        parts.append(_part(rule.claim, "printed", s.says, "supports" if s.inside(value) else "contradicts", ", ".join(r["value"] for r in rows), value=value))
+        found = [printed_number(where) for _, where in s.terms]
+        value = _combine(s, [n for n, _ in found])
+        parts.append(_part(rule.claim, "printed", s.says, "supports" if s.inside(value) else "contradicts", ", ".join(text for _, text in found), value=value))
     return parts
 
 # %% ../../nbs/evidence/claims.ipynb #ef56702a
