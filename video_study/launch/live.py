@@ -87,7 +87,7 @@ def line_of(
     stage = live.heading + (f" | {state['desc']}" if state else "")
     left = f", {clock(state['eta'])} left" if state and state["eta"] is not None else ""
     numbers = f"{state['n']:g}/{state['total']:g} {state['unit']}{left}" + (f" ({state['detail']})" if state["detail"] else "") if state else cells_of(live)
-    return stage, f"[{clock(time.monotonic() - live.start)}] {stage} {numbers}".rstrip(), numbers
+    return stage, f"[{clock(time.monotonic() - live.start)}] {stage} {numbers if state else f'({numbers})'}", numbers
 
 # %% ../../nbs/launch/live.ipynb #a5870931
 def write_line(live, state):
