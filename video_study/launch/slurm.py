@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'GRACE', 'PATIENCE', 'ENDS', 'record', 'write_record', 'forget', 'job_of', 'look', 'executor_for',
-           'submit_array', 'submit', 'why', 'tail', 'bury', 'watch', 'waiting', 'check_slurm', 'run_slurm',
+           'submit_array', 'submit', 'why', 'tail', 'bury', 'watch', 'waiting', 'settle', 'check_slurm', 'run_slurm',
            'refuse_live', 'standing']
 
 # %% ../../nbs/launch/slurm.ipynb #c1e7c1fd
@@ -41,7 +41,7 @@ def job_of(
 ) -> tuple:  # its id, "" if there is none; Job
     "Find the job of a run among all."
     named = told["job"] or next((i for i, j in jobs.items() if j.name == told["name"] and told["index"] in (None, _index(i))), "")
-    return named, jobs.get(named, Job(""))
+    return named, jobs.get(named) or jobs.get(named.partition("_")[0], Job(""))  # what never began of an array ends under the array's own number
 
 def _index(job): return int(job.partition("_")[2] or 0)  # within an array
 
@@ -179,7 +179,14 @@ def waiting(seen: dict) -> str:  # such as ", 3 running, 5 queued"
     running = sum(s not in ("PENDING", "CONFIGURING", "REQUEUED") for s in states)
     return "".join(f", {n} {word}" for n, word in ((running, "running"), (len(states) - running, "queued")) if n)
 
-# %% ../../nbs/launch/slurm.ipynb #497af102
+# %% ../../nbs/launch/slurm.ipynb #fc24f184
+def settle(tasks: list):
+    "Explain what has ended without a result, and do not wait for the rest."
+    seen = look(tasks)
+    for task in tasks:
+        if task.folder in seen and not seen[task.folder][1].live and state(task) != "done": bury(task, *seen[task.folder])
+
+# %% ../../nbs/launch/slurm.ipynb #ebc2a57f
 def check_slurm(
     request: Request,
 ):
@@ -190,7 +197,7 @@ def check_slurm(
     check_cluster(request)
     if request.code == "refuse": code_for("refuse")
 
-# %% ../../nbs/launch/slurm.ipynb #a9147ed1
+# %% ../../nbs/launch/slurm.ipynb #67cbc9e1
 def run_slurm(
     tasks: list,  # to be run
     renew: Callable,  # renews the bar
@@ -207,9 +214,9 @@ def run_slurm(
             task.folder.mkdir(parents=True, exist_ok=True)
             (task.folder / "failed.json").unlink(missing_ok=True)
         if new: submit(new, request, jobs)
-    if request.wait: watch(tasks, renew)
+    watch(tasks, renew) if request.wait else settle(tasks)
 
-# %% ../../nbs/launch/slurm.ipynb #7d6cde59
+# %% ../../nbs/launch/slurm.ipynb #8f2e5859
 def refuse_live(
     tasks: list,
     what: str,  # cannot be done meanwhile
@@ -219,7 +226,7 @@ def refuse_live(
         if job.live: raise StudyError(f"{told['label']} is {job.state.lower()} as SLURM job {job_id}, so {what}; where=\"slurm\" waits for it, and `study cancel {job_id}` ends it")
         (folder / RECORD).unlink(missing_ok=True)
 
-# %% ../../nbs/launch/slurm.ipynb #462b9568
+# %% ../../nbs/launch/slurm.ipynb #a0c8e9db
 def standing(
     tasks: list,
 ) -> dict[Path, str]:  # run folder -> "queued" or "running"
