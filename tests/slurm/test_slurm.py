@@ -18,7 +18,7 @@ from cluster import Cluster, missing  # noqa: E402
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"a SLURM cluster {missing()}")
 ROOT, DRIVER = Path(__file__).resolve().parents[2], Path(__file__).with_name("driver.py")
 TINY = dict(frames=4, image_size=32, width=0.0625, warmup_epochs=0, batch_size=4, model="tsn_resnet18")
-LONG = dict(epochs=400, bn_clips=2)  # two processes, each with statistics of its own: half a minute at the very least
+LONG = dict(epochs=300, bn_clips=2)  # two processes, each with statistics of its own: half a minute at the very least
 
 
 @pytest.fixture(scope="module")
@@ -228,19 +228,20 @@ def test_runs_survive_what_happens_on_a_cluster(start, here, cluster, data, tmp_
     run, cancelled, killed = (folders(here)[seed] for seed in range(3))
     arrays = submitted(cluster)
 
-    # its time is nearly up as soon as it trains: 2 minutes with a notice of 90 seconds, given by SLURM up to 30 seconds early
-    cluster.run("scontrol", "update", f"jobid={job(run)}", "TimeLimit=2")
-    # one process of another run is killed before there is a checkpoint, as when memory is full
+    # the notebook is closed; one process of a run is killed before there is a checkpoint, as when memory is full
+    first.kill()
     wait(lambda: 1 in processes(job(killed)))
     processes(job(killed))[1].kill()
-    # the notebook is closed
-    first.kill()
+    # the time of another is nearly up once it trains: with a notice of 90 seconds, which SLURM looks after twice a minute
+    wait(lambda: epochs(run) > 0)
+    minutes = sum(int(t) * m for t, m in zip(told(cluster, job(run), "RunTime").split(":"), (60, 1, 1 / 60)))
+    cluster.run("scontrol", "update", f"jobid={job(run)}", f"TimeLimit={int(minutes) + 2}")
+    # the notebook is opened again
+    second = start(**call)
     wait(lambda: told(cluster, job(run), "Restarts") == "1")
     cluster.run("scontrol", "update", f"jobid={job(run)}", "TimeLimit=240")
     timed_out_after = epochs(run)
-
-    # the notebook is opened again
-    second = start(**call)
+    assert not (run / "result.json").exists(), "it was done before its time was up"
     wait(lambda: epochs(run) > timed_out_after and epochs(cancelled) > 0)
     cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     wait(lambda: told(cluster, job(run), "Restarts") == "2" and told(cluster, job(cancelled), "Restarts") == "1")
