@@ -2,7 +2,7 @@
 
 It needs root and neither systemd nor cgroups. There is no accounting, as on many clusters, so what works here does not lean on `sacct`.
 
-    with Cluster(folder) as cluster: subprocess.run(["sinfo"], env=os.environ | cluster.env)
+    with Cluster() as cluster: subprocess.run(["sinfo"], env=os.environ | cluster.env)
 """
 import os
 import random
@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,8 +75,10 @@ PATH = f"/usr/sbin:/sbin:{os.environ['PATH']}"
 
 
 class Cluster:
-    def __init__(self, folder, cpus=8, gpus=4, array=4):
-        self.folder, self.cpus, self.gpus, self.array = Path(folder), cpus, gpus, array
+    def __init__(self, cpus=8, gpus=4, array=4):
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-")) / "cluster"
+        self.folder.parent.chmod(0o755)  # munge wants its socket where everybody may go
+        self.cpus, self.gpus, self.array = cpus, gpus, array
         self.daemons, self.undo = [], []
         self.env = dict(SLURM_CONF=str(self.folder / "slurm.conf"), PATH=PATH, GLOO_SOCKET_IFNAME="lo")
 
@@ -171,6 +174,7 @@ class Cluster:
                 end(daemon)
             for undo in self.undo:
                 undo()
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def end(process, seconds=15):

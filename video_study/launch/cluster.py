@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODE', 'LIVE', 'STUCK', 'NoAnswer', 'ask', 'said', 'clean', 'cleaned', 'Partition', 'minutes_of', 'gpus_of',
-           'read_partitions', 'partitions', 'array_limit', 'Request', 'check_request', 'find_partition', 'flags',
-           'check_cluster', 'Job', 'read_queue', 'queue', 'accounts']
+           'read_partitions', 'partitions', 'array_limit', 'Request', 'check_request', 'asked', 'find_partition',
+           'flags', 'check_cluster', 'Job', 'read_queue', 'queue', 'accounts']
 
 # %% ../../nbs/launch/cluster.ipynb #14fd3f68
 import os, re, subprocess
@@ -55,7 +55,7 @@ class Partition:
     default: bool  # where jobs go that name none
     up: bool  # takes jobs
     minutes: float  # the longest a job may run
-    nodes: tuple  # (how many, GPUs of each, cores of each)
+    nodes: tuple  # (how many, GPUs, cores and megabytes of each)
 
 # %% ../../nbs/launch/cluster.ipynb #607ceed0
 def minutes_of(
@@ -76,20 +76,20 @@ def gpus_of(
 
 # %% ../../nbs/launch/cluster.ipynb #f101bb8f
 def read_partitions(
-    text: str,  # from sinfo, a line a kind of node: name|up|limit|nodes|resources|cores
+    text: str,  # from sinfo, a line a kind of node: name|up|limit|nodes|resources|cores|megabytes
 ) -> dict[str, Partition]:
     "Read what sinfo prints."
     found = {}
     for line in text.splitlines():
-        name, up, limit, nodes, gres, cores = line.split("|")
+        name, up, limit, nodes, gres, cores, memory = line.split("|")
         old = found.get(name.rstrip("*"))
-        kind = (int(nodes), gpus_of(gres), int(re.match(r"\d+", cores)[0]))
+        kind = (int(nodes), gpus_of(gres), *(int(re.match(r"\d+", v)[0]) for v in (cores, memory)))
         found[name.rstrip("*")] = Partition(name.rstrip("*"), name.endswith("*"), up == "up", minutes_of(limit), (*(old.nodes if old else ()), kind))
     return found
 
 def partitions() -> dict[str, Partition]:  # by name
     "List the partitions of the cluster."
-    return read_partitions(ask("sinfo", "-h", "-a", "-o", "%P|%a|%l|%D|%G|%c"))
+    return read_partitions(ask("sinfo", "-h", "-a", "-o", "%P|%a|%l|%D|%G|%c|%m"))
 
 # %% ../../nbs/launch/cluster.ipynb #e2543341
 def array_limit() -> int:  # jobs in one array
@@ -131,7 +131,9 @@ def check_request(
         if not re.fullmatch(r"[\w.:,@+-]*", str(getattr(request, name))): raise StudyError(f"{name} {getattr(request, name)!r} is no name that SLURM could know")
     if request.code not in CODE: raise unknown("way to keep the code", request.code, CODE)
 
-# %% ../../nbs/launch/cluster.ipynb #0eb72ca0
+# %% ../../nbs/launch/cluster.ipynb #2f00ec46
+def asked(request: Request) -> str: return f"{request.gpus} GPUs, {(request.cpus or 1) * max(1, request.gpus)} cores" + f" and {request.memory} GB" * bool(request.memory)  # of each node
+
 def find_partition(
     request: Request,
     known: dict,  # from `partitions`
@@ -141,10 +143,10 @@ def find_partition(
     found = known[request.partition] if request.partition else next((p for p in known.values() if p.default), None)
     if found is None: raise StudyError(f"the cluster has no default partition; name one: {', '.join(sorted(known))}")
     if not found.up: raise StudyError(f"partition {found.name} is down; others: {', '.join(sorted(n for n, p in known.items() if p.up)) or 'none'}")
-    most = max(gpus for _, gpus, _ in found.nodes)
-    fit = sum(count for count, gpus, cores in found.nodes if gpus >= request.gpus and cores >= (request.cpus or 1) * max(1, request.gpus))
+    most = max(gpus for _, gpus, *_ in found.nodes)
+    fit = sum(n for n, gpus, cores, mb in found.nodes if gpus >= request.gpus and cores >= (request.cpus or 1) * max(1, request.gpus) and mb >= 1000 * request.memory)
     if most < request.gpus: raise StudyError(f"gpus={request.gpus}, but the nodes of partition {found.name} have at most {most} GPUs; use fewer, several nodes, or another partition")
-    if fit < request.nodes: raise StudyError(f"nodes={request.nodes} with gpus={request.gpus} and {request.cpus or 1} cores a process, but partition {found.name} has {fit} such nodes; ask for less, or another partition")
+    if fit < request.nodes: raise StudyError(f"nodes={request.nodes} with {asked(request)}, but partition {found.name} has {fit} such nodes; ask for less, or another partition")
     if request.time > found.minutes: raise StudyError(f"time={request.time} minutes, but partition {found.name} allows {found.minutes:g}; with less a run goes on in as many turns as it needs")
     return found
 
@@ -166,7 +168,7 @@ def check_cluster(
     words = [f"--{k.replace('_', '-')}={v}" for k, v in flags(request).items()]
     try: ask("sbatch", "--test-only", *words, "--output=/dev/null", "--wrap=true")
     except NoAnswer as e:
-        if "not available now" not in str(e) and "currently" not in str(e): raise StudyError(f"the cluster would not take such jobs: {e}".replace("SLURM does not answer: ", "")) from None
+        if "configuration" not in str(e): raise StudyError(f"the cluster would not take such jobs: {e}".replace("SLURM does not answer: ", "")) from None
     return found
 
 # %% ../../nbs/launch/cluster.ipynb #bc9d1c78

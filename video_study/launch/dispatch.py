@@ -116,7 +116,7 @@ def dispatch(
     request, options = split(options)
     check_call(where, jobs or 0, request, options)
     exps = [resolve(e) for e in experiments]
-    if where == "slurm": check_processes(exps, request); slurm.check_slurm(request)
+    if where == "slurm": slurm.check_slurm(request); check_processes(exps, request)
     if "VIDEO_STUDY_PLAN" in os.environ and plan_only(exps, where, jobs or 0, fresh, request): raise Planned()
     tasks = list({e.key: task_of(e, **options) for e in exps}.values())
     make_ready(tasks, where, fresh)

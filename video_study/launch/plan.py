@@ -39,12 +39,13 @@ def setting(
     near = json.dumps([values[k] for k in ("model", "model_options", "frames", "image_size")], sort_keys=True)
     return same, near
 
+# %% ../../nbs/launch/plan.ipynb #0c24a453
 def device_of(result: dict) -> str:  # in a few words
     "Name the processor a run was made on."
     gpus = result["environment"].get("gpus") or []
     return gpus[0] if gpus and result.get("device", "cpu").startswith("cuda") else result["environment"].get("cpu") or "a CPU"
 
-# %% ../../nbs/launch/plan.ipynb #cda676cb
+# %% ../../nbs/launch/plan.ipynb #6a46782d
 def measured() -> list[dict]:  # same, near, device, seconds: of a processor, macs
     "Collect what finished runs have taken."
     from video_study.training.experiment import Experiment
@@ -57,7 +58,7 @@ def measured() -> list[dict]:  # same, near, device, seconds: of a processor, ma
         found.append(dict(same=same, near=near, device=device_of(r), seconds=r["wall_seconds"] * r.get("processes", 1), macs=work["macs"]))
     return found
 
-# %% ../../nbs/launch/plan.ipynb #0cf38dea
+# %% ../../nbs/launch/plan.ipynb #0909626c
 def seconds_of(
     run: dict,  # same, near, clips, views, macs
     past: list,  # from `measured`
@@ -70,10 +71,11 @@ def seconds_of(
         if alike: return run["macs"] / median(p["macs"] / max(p["seconds"], 1e-3) for p in alike), f"{told} ({len(alike)} runs, {alike[-1]['device']})"
     return None, "nothing measured yet: give --clips-per-second"
 
-# %% ../../nbs/launch/plan.ipynb #b57215b9
+# %% ../../nbs/launch/plan.ipynb #4a610dfa
 class Planned(Exception):
     "Ends a notebook whose runs are to be planned, not made."
 
+# %% ../../nbs/launch/plan.ipynb #a89c5ec1
 def plan_only(
     exps: list,  # resolved
     where: str,
@@ -88,7 +90,7 @@ def plan_only(
     write_json(path, dict(where=where, jobs=jobs, request=vars(request), runs=[*before, *runs]))
     return not all(r["done"] for r in runs)
 
-# %% ../../nbs/launch/plan.ipynb #7723ee3d
+# %% ../../nbs/launch/plan.ipynb #24c31d1e
 def planned_run(
     e,  # a resolved experiment
     fresh: bool = False,
@@ -104,7 +106,7 @@ def planned_run(
     told = dict(model=e.model, options=" ".join(f"{k}={v}" for k, v in e.model_options), data=Path(e.data).stem, frames=e.frames, seed=e.seed, macs_of_clip=macs)
     return dict(key=e.key, same=same, near=near, done=done) | told | work_of(e, train, scored, macs)
 
-# %% ../../nbs/launch/plan.ipynb #f490627e
+# %% ../../nbs/launch/plan.ipynb #ef980ec3
 @contextmanager
 def planning():
     "Let `dispatch` only write down what it is asked for, here and in notebooks started in the block; yield the file."
@@ -116,7 +118,7 @@ def planning():
             if before is None: del os.environ["VIDEO_STUDY_PLAN"]
             else: os.environ["VIDEO_STUDY_PLAN"] = before
 
-# %% ../../nbs/launch/plan.ipynb #e96136ed
+# %% ../../nbs/launch/plan.ipynb #690831a2
 def plan(
     name,  # of a study notebook
     parameters: dict | None = None,  # as for `run_notebook`
@@ -130,7 +132,7 @@ def plan(
         if not path.exists(): raise StudyError(f"{name} dispatches no experiments; study run {name} runs it")
         return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../../nbs/launch/plan.ipynb #36c6e24c
+# %% ../../nbs/launch/plan.ipynb #2773c04f
 def estimate(
     told: dict,  # from `plan`
     rate: float = 0,  # clips a second of a processor; 0: as measured
@@ -148,7 +150,7 @@ def estimate(
         row["hours"] = None if seconds is None or row["hours"] is None else row["hours"] + seconds / 3600
     return pd.DataFrame(list(rows.values()))
 
-# %% ../../nbs/launch/plan.ipynb #51212315
+# %% ../../nbs/launch/plan.ipynb #fb30782f
 def summary(
     told: dict,  # from `plan`
     table,  # from `estimate`
@@ -165,6 +167,7 @@ def summary(
     if slurm: lines.append(on_cluster(request, told["jobs"], left))
     return "\n".join(lines)
 
+# %% ../../nbs/launch/plan.ipynb #820f387a
 def on_cluster(request, jobs, left):
     from video_study.launch.cluster import array_limit
     size, many = array_limit(), f"at most {jobs} at once" if jobs else "as many at once as the cluster lets"

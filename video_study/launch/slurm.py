@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'GRACE', 'PATIENCE', 'ENDS', 'record', 'write_record', 'forget', 'job_of', 'look', 'executor_for',
-           'submit_array', 'submit', 'why', 'tail', 'bury', 'watch', 'waiting', 'check_slurm', 'run_slurm',
+           'submit_array', 'submit', 'why', 'tail', 'bury', 'watch', 'waiting', 'settle', 'check_slurm', 'run_slurm',
            'refuse_live', 'standing']
 
 # %% ../../nbs/launch/slurm.ipynb #c1e7c1fd
@@ -27,25 +27,27 @@ def record(
     try: return json.loads((task.folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError: return None
 
+# %% ../../nbs/launch/slurm.ipynb #078ad6ca
 def write_record(
     task: Task,
     **values,
 ): write_json(task.folder / RECORD, dict(label=task.label, epochs=task.epochs) | values)
 
+# %% ../../nbs/launch/slurm.ipynb #90fa9b5f
 def forget(task: Task): (task.folder / RECORD).unlink(missing_ok=True)  # the job of a run
 
-# %% ../../nbs/launch/slurm.ipynb #593bf38c
+# %% ../../nbs/launch/slurm.ipynb #c51a25dc
 def job_of(
     told: dict,  # from `record`
     jobs: dict,  # id -> Job
 ) -> tuple:  # its id, "" if there is none; Job
     "Find the job of a run among all."
     named = told["job"] or next((i for i, j in jobs.items() if j.name == told["name"] and told["index"] in (None, _index(i))), "")
-    return named, jobs.get(named, Job(""))
+    return named, jobs.get(named) or jobs.get(named.partition("_")[0], Job(""))  # what never began of an array ends under the array's own number
 
 def _index(job): return int(job.partition("_")[2] or 0)  # within an array
 
-# %% ../../nbs/launch/slurm.ipynb #4507e0a9
+# %% ../../nbs/launch/slurm.ipynb #93740d1e
 def look(
     tasks: list,
 ) -> dict[str, tuple]:  # run folder -> id of the job, Job, record; only of runs with a record
@@ -56,7 +58,7 @@ def look(
     jobs |= accounts([i for r in told.values() if (i := job_of(r, jobs)[0]) and i not in jobs])
     return {folder: (*job_of(r, jobs), r) for folder, r in told.items()}
 
-# %% ../../nbs/launch/slurm.ipynb #4f7e7a5b
+# %% ../../nbs/launch/slurm.ipynb #6a4e031f
 def executor_for(
     request: Request,
     folder: Path,  # of the array's files
@@ -73,7 +75,7 @@ def executor_for(
                                srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={told['cpus_per_task']}"], additional_parameters=more)
     return executor
 
-# %% ../../nbs/launch/slurm.ipynb #a615b7ce
+# %% ../../nbs/launch/slurm.ipynb #f68898d1
 def submit_array(
     tasks: list,
     request: Request,
@@ -95,7 +97,7 @@ def submit_array(
     for task, values, job in zip(tasks, told, sent): write_record(task, job=job.job_id, log=str(job.paths.stdout), **values)
     return sent[0].job_id.partition("_")[0]
 
-# %% ../../nbs/launch/slurm.ipynb #1de43d9e
+# %% ../../nbs/launch/slurm.ipynb #7bced8e2
 def submit(
     tasks: list,  # to be run
     request: Request,
@@ -108,14 +110,15 @@ def submit(
         try: after = submit_array(part, request, jobs, after if jobs else "")
         except RuntimeError as e: raise StudyError(f"the cluster refused {len(part)} of {len(tasks)} runs ({str(e).strip().splitlines()[-1]}); the others are queued, and the same call submits what is left") from e
 
-# %% ../../nbs/launch/slurm.ipynb #1f2cdb57
+# %% ../../nbs/launch/slurm.ipynb #5f8902fd
 GRACE = 30.0  # seconds that an ended job is given
 PATIENCE = 900.0  # seconds without an answer from SLURM
 
+# %% ../../nbs/launch/slurm.ipynb #a24a1f86
 ENDS = dict(CANCELLED="was cancelled", TIMEOUT="ran into its time limit of {time} minutes", NODE_FAIL="lost its node", OUT_OF_MEMORY="used more memory than it was given", PREEMPTED="was preempted and not queued again",
             FAILED="died", BOOT_FAIL="was given a node that did not start", COMPLETED="ended without a result", PENDING="cannot start ({reason})", REQUEUE_HOLD="is held ({reason})")
 
-# %% ../../nbs/launch/slurm.ipynb #e99a47fa
+# %% ../../nbs/launch/slurm.ipynb #f7df83c2
 def why(
     task: Task,
     job_id: str,
@@ -129,7 +132,7 @@ def why(
     kept = f"after {epochs} of {task.epochs} epochs; the next call goes on from its checkpoint" if (task.folder / "checkpoint.pt").exists() else "before its first checkpoint"
     return f"SLURM job {job_id} {end}{where}, {kept}"
 
-# %% ../../nbs/launch/slurm.ipynb #500225b7
+# %% ../../nbs/launch/slurm.ipynb #dcf0eacc
 def tail(
     log: str,  # of the first process, "" for none
     lines: int = 15,
@@ -139,7 +142,7 @@ def tail(
     ends = {p: p.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] for p in paths[:4]}
     return "\n".join(line for path, end in ends.items() for line in [f"-- {path.name}", *end])
 
-# %% ../../nbs/launch/slurm.ipynb #334f9469
+# %% ../../nbs/launch/slurm.ipynb #b754007d
 def bury(
     task: Task,
     job_id: str,
@@ -150,7 +153,7 @@ def bury(
     if state(task) == "open": record_failure(task, why(task, job_id, job, told["request"]["time"]), tail(told["log"]))
     forget(task)
 
-# %% ../../nbs/launch/slurm.ipynb #c3212e73
+# %% ../../nbs/launch/slurm.ipynb #0ed97a2c
 def watch(
     tasks: list,  # submitted
     renew: Callable,  # renews the bar
@@ -173,13 +176,21 @@ def watch(
     for task in tasks:
         if state(task) == "done": forget(task)
 
+# %% ../../nbs/launch/slurm.ipynb #116888fb
 def waiting(seen: dict) -> str:  # such as ", 3 running, 5 queued"
     "Count the jobs in the queue."
     states = [job.state for _, job, _ in seen.values() if job.live]
     running = sum(s not in ("PENDING", "CONFIGURING", "REQUEUED") for s in states)
     return "".join(f", {n} {word}" for n, word in ((running, "running"), (len(states) - running, "queued")) if n)
 
-# %% ../../nbs/launch/slurm.ipynb #497af102
+# %% ../../nbs/launch/slurm.ipynb #c5bd7a77
+def settle(tasks: list):
+    "Explain what has ended without a result, and do not wait for the rest."
+    seen = look(tasks)
+    for task in tasks:
+        if task.folder in seen and not seen[task.folder][1].live and state(task) != "done": bury(task, *seen[task.folder])
+
+# %% ../../nbs/launch/slurm.ipynb #b551b474
 def check_slurm(
     request: Request,
 ):
@@ -190,7 +201,7 @@ def check_slurm(
     check_cluster(request)
     if request.code == "refuse": code_for("refuse")
 
-# %% ../../nbs/launch/slurm.ipynb #a9147ed1
+# %% ../../nbs/launch/slurm.ipynb #9dbca89b
 def run_slurm(
     tasks: list,  # to be run
     renew: Callable,  # renews the bar
@@ -207,9 +218,9 @@ def run_slurm(
             task.folder.mkdir(parents=True, exist_ok=True)
             (task.folder / "failed.json").unlink(missing_ok=True)
         if new: submit(new, request, jobs)
-    if request.wait: watch(tasks, renew)
+    watch(tasks, renew) if request.wait else settle(tasks)
 
-# %% ../../nbs/launch/slurm.ipynb #7d6cde59
+# %% ../../nbs/launch/slurm.ipynb #bf06e3dd
 def refuse_live(
     tasks: list,
     what: str,  # cannot be done meanwhile
@@ -219,7 +230,7 @@ def refuse_live(
         if job.live: raise StudyError(f"{told['label']} is {job.state.lower()} as SLURM job {job_id}, so {what}; where=\"slurm\" waits for it, and `study cancel {job_id}` ends it")
         (folder / RECORD).unlink(missing_ok=True)
 
-# %% ../../nbs/launch/slurm.ipynb #462b9568
+# %% ../../nbs/launch/slurm.ipynb #b4bf6751
 def standing(
     tasks: list,
 ) -> dict[Path, str]:  # run folder -> "queued" or "running"

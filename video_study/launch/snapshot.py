@@ -54,7 +54,7 @@ def code_for(
         raise StudyError(f"code=\"refuse\" submits committed code only, and this is {commit()}; commit it, or use code=\"snapshot\", which copies it aside")
     return package().parent, digest(package()) if how == "refuse" else ""
 
-# %% ../../nbs/launch/snapshot.ipynb #3478b13d
+# %% ../../nbs/launch/snapshot.ipynb #3fa10745
 def check_code(
     expected: str,  # from `code_for`
 ):
@@ -63,7 +63,7 @@ def check_code(
     if found != expected:
         raise StudyError(f"the code in {package()} has changed since this run was submitted; submit it again, or use code=\"snapshot\", which runs a copy")
 
-# %% ../../nbs/launch/snapshot.ipynb #ab0a6e8d
+# %% ../../nbs/launch/snapshot.ipynb #8aec08f3
 def setup(
     folder: Path,  # to start jobs in
 ) -> list:  # lines of a shell script

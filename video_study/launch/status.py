@@ -52,7 +52,7 @@ def status() -> tuple:  # DataFrame of all runs, what kept SLURM from being aske
     try: jobs = look(tasks)
     except NoAnswer as e: trouble = str(e)
     columns = ["run", "state", "job", "node", "epoch", "detail", "left", "why"]
-    return pd.DataFrame([standing(t, jobs.get(t.folder)) for t in tasks], columns=columns), trouble
+    return pd.DataFrame([standing(t, jobs.get(t.folder)) for t in sorted(tasks, key=lambda t: t.label)], columns=columns), trouble
 
 # %% ../../nbs/launch/status.ipynb #0cc1db0c
 def cancel(
