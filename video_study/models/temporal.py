@@ -131,10 +131,6 @@ POOLINGS = 3  # temporal poolings in a network of Deep Analysis
 def pooled_frames(
     frames: int,  # of the clip
     levels: int = POOLINGS,  # poolings passed
-) -> int:  # frames that are left
-    "Return the frames behind temporal poolings, or say that they do not fit."
-    if frames % 2**POOLINGS:
-        below = frames // 2**POOLINGS * 2**POOLINGS
-        near = f"{below} or {below + 8}" if below else "8"
-        raise StudyError(f"temporal pooling halves the frames three times and cannot take frames={frames}; use a multiple of 8 such as {near}")
-    return frames >> levels
+) -> int:  # frames that are left, at least one
+    "Count the frames behind temporal poolings."
+    return math.ceil(frames / 2**levels)
