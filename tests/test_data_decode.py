@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from data_videos import FORMS, copy_stream, number, render, truth
 from video_study.core import StudyError
-from video_study.data.decode import probe, read
+from video_study.data.decode import read
+from video_study.data.probing import probe
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,12 @@ def make_run(model, data, seed, share, frames=16, videos=60):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Three systems on two datasets with three seeds."""
+    """Three systems on two datasets with five seeds."""
     monkeypatch.setenv("VIDEO_STUDY_OUTPUTS", str(tmp_path))
     share = dict(tsn=dict(motion=0.4, scene=0.9), tsm=dict(motion=0.8, scene=0.9), tam=dict(motion=0.92, scene=0.9))
     for model, by_data in share.items():
         for data, s in by_data.items():
-            for seed in range(3):
+            for seed in range(5):
                 make_run(model, data, seed, s)
     return tmp_path
 
@@ -62,7 +62,7 @@ def test_the_five_papers_are_packaged_with_locators():
 def test_from_runs_to_verdicts(study):
     runs = collect()
     table = accuracies(runs)
-    assert len(runs) == 18 and len(table) == 6 and set(table["seeds"]) == {3}
+    assert len(runs) == 30 and len(table) == 6 and set(table["seeds"]) == {5}
     parts = judge_measured(rules(*ASKED), runs, ROLES, systems=SYSTEMS)
     verdict = {(p["claim"], p["says"]): p["verdict"] for p in parts}
     assert verdict["DA-23", "tam > tsm, 16 frames"] == "holds"
@@ -78,7 +78,7 @@ def test_from_runs_to_verdicts(study):
 def test_one_seed_gives_no_verdict(study):
     parts = judge_measured(rules(*ASKED), collect(seed=0), ROLES, systems=SYSTEMS)
     assert {p["verdict"] for p in parts} == {"inconclusive", "untested"}
-    assert all("needs seeds: 1 of at least 3" in p["why"] for p in parts if p["verdict"] == "inconclusive")
+    assert all("needs seeds: 1 of at least 5" in p["why"] for p in parts if p["verdict"] == "inconclusive")
 
 
 def test_pairing_is_by_video_and_not_by_position(study):
@@ -116,7 +116,7 @@ def test_a_damaged_or_foreign_result_is_named(study):
 def test_unfinished_runs_do_not_count(study):
     (study / "runs" / "unfinished").mkdir()
     (study / "runs" / "unfinished" / "checkpoint.pt").write_text("half")
-    assert len(collect()) == 18
+    assert len(collect()) == 30
 
 
 def test_a_failed_write_leaves_the_old_evidence(study, monkeypatch):

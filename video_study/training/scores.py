@@ -22,12 +22,13 @@ def clips_of(
     exp: Experiment,  # resolved
     manifest,  # of the whole dataset
     protocol: Protocol,
+    **options,  # of ClipDataset
 ) -> list:  # (ClipDataset, epoch) pairs; their views follow each other
     "Make the clips that a protocol looks at."
     size = exp.resize if protocol.full and isinstance(exp.resize, int) else exp.image_size
     split = evaluation_split(manifest)
-    if not protocol.draw: return [(make_clips(exp, manifest, split, train=False, clips=protocol.clips, crops=protocol.crops, size=size), 0)]
-    drawn = make_clips(exp, manifest, split, train=True, crop="center", flip="none", seed=0, size=size)
+    if not protocol.draw: return [(make_clips(exp, manifest, split, train=False, clips=protocol.clips, crops=protocol.crops, size=size, **options), 0)]
+    drawn = make_clips(exp, manifest, split, train=True, crop="center", flip="none", seed=0, size=size, **options)
     return [(drawn, epoch) for epoch in range(protocol.clips)]
 
 def batches_of(
@@ -39,9 +40,7 @@ def batches_of(
 ):  # iterator of Batch
     "Yield this process's batches: every so many-th of all."
     if world() == 1: return source.loader(videos, size, epoch, num_workers=workers, pin=pin)
-    parts = source.batches(len(videos), size)[rank()::world()]
-    if workers and parts and not videos.store: return source._from_workers(source._Epoch(videos, epoch, parts), workers, pin)
-    return (source.make_batch(videos, epoch, rows) for rows in parts)
+    return source.load(videos, epoch, source.batches(len(videos), size)[rank()::world()], workers, pin)
 
 # %% ../../nbs/training/scores.ipynb #d9f1e8bb
 def score_views(
@@ -54,7 +53,7 @@ def score_views(
 ) -> np.ndarray:  # logits float32 (videos, views, classes)
     "Score the views of a protocol."
     parts, size = [], protocol.videos_of(exp.recipe.batch_size) if not protocol.draw else exp.recipe.batch_size
-    for videos, epoch in clips_of(exp, manifest, protocol):
+    for videos, epoch in clips_of(exp, manifest, protocol, device=trainer.cut):
         batches = batches_of(videos, epoch, size, workers, trainer.device.type == "cuda")
         told = [t for t in gather(score(trainer.model, batches, trainer.prepare, exp.recipe.batch_size, step)) if t is not None]
         order = np.argsort(np.concatenate([index for _, index in told]))
