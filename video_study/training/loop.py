@@ -16,7 +16,7 @@ import torch
 from ..core import StudyError, commit, environment, show_path, write_json
 from ..data.catalog import dataset
 from . import state
-from .distributed import any_of, check_share, join, lead, rank, shared_loader, world
+from .distributed import check_share, join, lead, rank, shared_loader, world
 from .evaluate import PROTOCOLS
 from .experiment import Experiment, cost_of, coverage_of, evaluation_split, resolve
 from .metrics import metrics
@@ -26,6 +26,7 @@ from .reporting import StepLog, shown_progress, tensorboard
 from .scores import score_run, several_classes
 from .setup import check_memory, make_clips, make_trainer, memory_of, own_device, torch_settings
 from .state import Result
+from .transfer import start_file
 from .trainer import Diverged, Preempted, Trainer, number_format, restore_trainer, train, trainer_state
 
 # %% ../../nbs/training/loop.ipynb #348b23b2
@@ -134,7 +135,7 @@ def write_run(
     state.save_scores(folder, arrays)
     seconds += sum(h["seconds"] for h in trainer.history)
     result = Result(exp.key, exp, measured, coverage_of(manifest), vars(cost_of(exp)), environment(), commit(), exp.manifest_hash, round(seconds, 1), folder)
-    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile,
+    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile, loaded=str(getattr(trainer.model, "loaded", None) or ""),
                        effective=effective(exp.recipe, len(manifest.split("train")), world()))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
@@ -188,6 +189,7 @@ def check_run(
 ):
     "Refuse what cannot work here."
     number_format(exp.recipe, device)
+    start_file(exp)
     manifest = dataset(exp.data)
     check_share(exp.recipe.batch_size, len(manifest.split("train")), world(), exp.recipe.bn_clips)
     check_memory(exp, cost_of(exp).params, memory_of(device), world() if device.type == "cuda" else 1)
