@@ -76,6 +76,17 @@ def _split_of(
     return rows, refused
 
 # %% ../../nbs/data/ava.ipynb #560e7218
+def _counted(
+    folder,  # of the release
+    named: dict,  # number -> name of an action
+) -> tuple:  # names; empty where the file is not there
+    "Read which actions count in the official evaluation."
+    files = sorted(Path(folder).rglob("*action_list*_for_activitynet*.pbtxt*"))
+    if not files: return ()
+    few = ava_classes(files[0])
+    if odd := {k for k, name in few.items() if named.get(k) != name}: raise unknown(f"action in {files[0].name}", few[min(odd)], named.values())
+    return tuple(few[k] for k in sorted(few))
+
 def ava(
     folder,  # with ava_train_v2.1.csv, ava_val_v2.1.csv, the label map, and lists of excluded key frames
     fold: int = 1,  # there is one
@@ -83,7 +94,7 @@ def ava(
     "Read the files of AVA."
     named = ava_classes(find_file(folder, r"action_list.*2\.1\.pbtxt$|label_map.*\.pbtxt$", "label map"))
     parts, refused = zip(*(_split_of(folder, split, named) for split in ("train", "val")))
-    return Annotations(pd.concat(parts, ignore_index=True), tuple(named[k] for k in sorted(named)), tuple(sum(refused, [])))
+    return Annotations(pd.concat(parts, ignore_index=True), tuple(named[k] for k in sorted(named)), tuple(sum(refused, [])), _counted(folder, named))
 
 # %% ../../nbs/data/ava.ipynb #170eb81f
 def proposals(

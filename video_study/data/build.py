@@ -68,6 +68,7 @@ def _key_frame_column(
     begins: float,  # second of the film at which the file begins
 ) -> tuple:  # the table with the number of the key frame; rows beyond the end of their film
     "Find the frame of a second."
+    if (table["fps"] <= 0).any(): raise StudyError("a key frame is found by its second, and these extracted frames have no frame rate; state fps on the card")
     key = np.rint((table["second"] - begins) * table["fps"]).astype(int)
     inside = (key >= 0) & (key < table["num_frames"])
     return table.assign(key=key)[inside].reset_index(drop=True), table[~inside]
@@ -152,5 +153,5 @@ def build(
     if not len(rows): raise StudyError(f"none of the {len(lost)} videos that the annotations name is in {show_path(root)} ({lost.error.iloc[0]}); is it the folder of this dataset?")
     called = f"{name}_{fold}" if told.folds > 1 else f"{name}_seed{seed}" if mini and not classes else name
     m = Manifest(pa.Table.from_pandas(rows, preserve_index=False), part.classes, called, root, lost)
-    m.card = _own_card(told, part.classes, said.classes, rows, lost[lost.split != ""], called)
+    m.card = replace(_own_card(told, part.classes, said.classes, rows, lost[lost.split != ""], called), counted=said.counted, person_score=threshold)
     return keep_dataset(m), report(m, told, unnamed)

@@ -30,6 +30,8 @@ class Usage:
     task: str = "single"  # "single": a class a video; "multilabel": any number; "boxes": any number for each person at a key frame
     num_classes: int | None = None  # where the names are not listed
     evaluated_classes: int | None = None  # how many of them count, where not all do
+    counted: tuple = ()  # their names, once the annotation files have told them; empty: all count
+    person_score: float = 0.8  # boxes of a person detector count from above this score (X3D suppl. Sec. A.1)
     embedded: bool = False  # rendered by the library
     root: str | None = None  # the folder of an own dataset
     annotations: str | None = None  # format of its official files, see data.annotations
@@ -83,6 +85,7 @@ def check_card(
     if odd := set(card.splits) - set(SPLITS): raise unknown(f"split in {where}", odd.pop(), SPLITS)
     if card.sampling not in ("uniform", "dense"): raise unknown(f"sampling in {where}", card.sampling, ("uniform", "dense"))
     if not (card.resize in (None, "scaled") or isinstance(card.resize, int)): raise StudyError(f"{where}: resize must be a number of pixels, scaled or null, not {card.resize!r}")
+    if odd := set(card.counted) - set(card.classes): raise unknown(f"class under counted in {where}", odd.pop(), card.classes)
     _check_flip(card, where)
     return card
 
@@ -107,7 +110,7 @@ def read_card(
     lacking = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in told]
     if lacking: raise StudyError(f"{where} lacks {', '.join(lacking)}")
     if told["name"] != path.stem: raise StudyError(f"{where} is the card of {told['name']!r}; name and file must agree")
-    return check_card(Card(**{**told, "classes": tuple(map(str, told.get("classes") or ()))}), where)
+    return check_card(Card(**{**told, **{k: tuple(map(str, told.get(k) or ())) for k in ("classes", "counted")}}), where)
 
 # %% ../../nbs/data/cards.ipynb #b0191411
 def write_card(

@@ -107,6 +107,14 @@ def _manifest_of(
     return Manifest.read(files[0], told.root or data_home() / told.name, told.name, told.classes)
 
 # %% ../../nbs/data/catalog.ipynb #5cf4a4b6
+def _with_all_classes(
+    m: Manifest,  # of videos with several classes, as read from a file, with its card
+) -> tuple:  # names of the classes
+    "Complete the classes that the file tells, which are those that come first in some video, if they are the card's."
+    first = sorted(set(m.column("label").tolist()))
+    agree = first[-1] < len(m.card.classes) and m.classes == tuple(m.card.classes[k] for k in first)
+    return m.card.classes if agree else m.classes
+
 def _of_file(
     path: Path,  # of a manifest
 ) -> Manifest:  # with its card, not yet checked
@@ -114,6 +122,7 @@ def _of_file(
     if path.is_dir(): raise StudyError(f"{show_path(path)} is a folder; make it a dataset with `study data add {show_path(path)} --name NAME`")
     m = Manifest.read(path)
     m.card = _card_of(m, path.with_suffix(".yaml"))
+    if m.has("labels"): m.classes = _with_all_classes(m)
     if m.card.root: m.root = Path(m.card.root)
     return m
 

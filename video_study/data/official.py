@@ -19,6 +19,7 @@ class Annotations(NamedTuple):
     rows: pd.DataFrame  # video_id, stems (tuple: what its file may be called, without ending), split, class; or classes; or time and boxes
     classes: tuple  # in the official order
     refused: tuple = ()  # lines that cannot be used, with the reason
+    counted: tuple = ()  # the classes that count in evaluation, where not all do
 
 # %% ../../nbs/data/official.ipynb #02cf1f28
 def find_file(

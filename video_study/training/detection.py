@@ -23,7 +23,7 @@ from .trainer import autocast, backward
 # %% ../../nbs/training/detection.ipynb #b0de4357
 def has_people(manifest) -> bool: return bool(manifest.card) and manifest.card.task == "boxes"  # whether a dataset asks who does what
 
-def threshold(manifest) -> float: return getattr(manifest.card, "person_score", 0.8)  # scores of detected boxes must be above it (X3D suppl. Sec. A.1)
+def threshold(manifest) -> float: return manifest.card.person_score  # scores of detected boxes must be above it (X3D suppl. Sec. A.1)
 
 # %% ../../nbs/training/detection.ipynb #b60ed6e5
 def check_detection(
@@ -125,7 +125,7 @@ def score_detection(
 
 # %% ../../nbs/training/detection.ipynb #5bea556e
 def counted_classes(manifest):  # numbers of the classes that count; None: all
-    named = getattr(manifest.card, "counted", ())
+    named = manifest.card.counted
     return [manifest.classes.index(c) for c in named] if named else None
 
 def detection_metrics(
