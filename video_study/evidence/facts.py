@@ -201,7 +201,7 @@ def _table(locator):
     grid = {(float(r.width), int(r.frames), int(r.crop_px)): r.number for r in rows.itertuples() if int(r.crop_px) <= 224}
     return {c: (row["macs"], grid[c]) for c, row in zip(grid, cost_surface(net, [Config(*c) for c in grid]))}
 
-def _beaten(grid, c): return any(macs <= grid[c][0] and top1 >= grid[c][1] and (macs, top1) != grid[c] for macs, top1 in grid.values())
+def _beaten(grid, c, by=1e-9): return any(macs <= grid[c][0] and top1 >= grid[c][1] + by and (macs, top1) != grid[c] for macs, top1 in grid.values())
 
 # %% ../../nbs/evidence/facts.ipynb #bdd6a956
 @fact
@@ -221,9 +221,9 @@ def widest_unbeaten(
     grid: str,  # the table with the accuracies of all configurations
     budget: float,  # share of the full network's multiply-adds at 256 pixels
 ) -> float:  # share of the channels
-    "Return the largest width among the configurations within a budget that none beats."
+    "Return the largest width among the configurations within a budget that none beats, or equals at less cost."
     most, costs = budget * counted(Build("slow_resnet50", 8, 256)).macs, _table(grid)
-    return max(c[0] for c, (macs, _) in costs.items() if macs <= most and not _beaten(costs, c))
+    return max(c[0] for c, (macs, _) in costs.items() if macs <= most and not _beaten(costs, c, by=0))
 
 @fact
 def a3d_macs(
