@@ -34,30 +34,36 @@ def combined(
     return next((w for w in WORST if w in said and w not in SILENT), "")
 
 # %% ../../nbs/evidence/summary.ipynb #6a00e6e9
+def _of(papers):
+    "Return the rules of some papers' claims."
+    table = claims()
+    wanted = set(table.loc[table["paper"].isin(papers or PAPERS), "id"])
+    return [r for r in rules() if r.claim in wanted]
+
 @lru_cache(maxsize=None)
-def _judged(count):
+def _judged(count, papers):
     "Judge what needs no run."
-    parts = [p for r in rules() for p in judge_printed(r)]
-    if count: parts += [p for r in rules() for p in judge_rebuilt(r, count)]
-    return parts
+    return [p for r in _of(papers) for p in judge_printed(r) + judge_rebuilt(r, count)]
 
 def statements(
-    count=None,  # where -> number, such as `facts.number`; None leaves out what has to be counted
+    count,  # where -> number, such as `facts.number`
+    papers=(),  # names from `PAPERS`; none for all
 ) -> pd.DataFrame:  # claim, kind, says, value, verdict, why: one row a statement about printed or counted numbers
     "List what the printed and rebuilt verdicts rest on."
-    return pd.DataFrame(_judged(count))[["claim", "kind", "says", "value", "verdict", "why"]]
+    return pd.DataFrame(_judged(count, tuple(papers)))[["claim", "kind", "says", "value", "verdict", "why"]]
 
 # %% ../../nbs/evidence/summary.ipynb #217bf291
 def full_ledger(
     count,  # where -> number, such as `facts.number`
+    papers=(),  # names from `PAPERS`; none for all
 ) -> pd.DataFrame:  # one row a claim
     "Put the ledger together: printed and rebuilt from the rules, measured from the committed evidence of the notebooks."
-    told, table, every = verdicts(), claims().set_index("id"), rules()
-    book, rows = ledger(every, _judged(count)).set_index("claim"), []
+    told, table, every = verdicts(), claims().set_index("id"), _of(papers)
+    book, rows = ledger(every, _judged(count, tuple(papers))).set_index("claim"), []
     for rule in every:
         mine, row, c = told[told["claim"] == rule.claim], book.loc[rule.claim], table.loc[rule.claim]
         measured = combined(list(mine["measured"])) or row["measured"]
-        seen = [n for n, v in zip(mine["notebook"], mine["measured"]) if v not in SILENT] or ["complexity"] * (row["rebuilt"] not in SILENT)
+        seen = [n for n, v in zip(mine["notebook"], mine["measured"]) if v not in SILENT] + ["claims"] * any(row[k] not in SILENT for k in ("printed", "rebuilt"))
         open_ = "untested" in (row["rebuilt"], measured)
         rows.append(dict(claim=rule.claim, paper=c["paper"], locator=c["locator"], kind=c["kind"], text=row["text"], printed=row["printed"], rebuilt=row["rebuilt"], measured=measured,
                          notebooks=" ".join(seen), decides=rule.decides, note=rule.note, reason=rule.reason if open_ and measured == "untested" else "", command=rule.command,
