@@ -7,22 +7,29 @@ __all__ = ['KINDS', 'SILENT', 'SHOWN', 'SHORT', 'verdicts', 'combined', 'stateme
            'claim_map', 'findings']
 
 # %% ../../nbs/evidence/summary.ipynb #dcd6fa02
+import json
 from functools import lru_cache
 import pandas as pd
-from ..core import outputs, root
-from .claims import MATTER, WORST, judge_printed, judge_rebuilt, ledger
+from ..core import StudyError, root
+from .claims import MIN_SEEDS, WORST, judge_printed, judge_rebuilt, ledger
 from .price import price
 from .published import PAPERS, claims
+from .results import sidecar
 from .rules import rules
 
 # %% ../../nbs/evidence/summary.ipynb #9186e8d6
 KINDS = ("printed", "rebuilt", "measured")  # the three verdicts of a claim, kept apart
 SILENT = ("untested", "not printed", "not a cost", "not an accuracy", "not measurable here")  # no verdict
 
+def _told(file):
+    "Read a notebook's verdicts; with fewer seeds than a verdict needs today, none of them decides."
+    table = pd.read_csv(file, keep_default_na=False).assign(notebook=file.stem.removesuffix("_verdicts"))
+    seeds = json.loads(sidecar(file).read_text(encoding="utf-8"))["parameters"].get("seeds", MIN_SEEDS)
+    return table if seeds >= MIN_SEEDS else table.assign(measured=table["measured"].replace(["holds", "does not hold"], "inconclusive"))
+
 def verdicts() -> pd.DataFrame:  # claim, text, printed, rebuilt, measured, tested, notebook
     "Collect the verdicts of all study notebooks from the committed evidence."
-    files = sorted((root() / "outputs" / "evidence").glob("*_verdicts.csv"))
-    tables = [pd.read_csv(f, keep_default_na=False).assign(notebook=f.stem.removesuffix("_verdicts")) for f in files]
+    tables = [_told(f) for f in sorted((root() / "outputs" / "evidence").glob("*_verdicts.csv"))]
     columns = ["claim", "text", *KINDS, "tested", "notebook"]
     return pd.concat(tables).reindex(columns=columns).fillna("").sort_values(["claim", "notebook"], ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
@@ -73,7 +80,6 @@ def full_ledger(
 # %% ../../nbs/evidence/summary.ipynb #e3ca2650
 def read_ledger() -> pd.DataFrame:  # as `full_ledger` returns it
     "Read the committed ledger."
-    from video_study.core import StudyError
     path = root() / "outputs" / "evidence" / "ledger.csv"
     if not path.exists(): raise StudyError("outputs/evidence/ledger.csv is not there; run the notebook `claims` with VIDEO_STUDY_EVIDENCE=1, as `make evidence` does")
     return pd.read_csv(path, keep_default_na=False)
