@@ -103,7 +103,7 @@ ORDER = (2, 3, 0, 1, 6, 7, 4, 5)
 def moved(model): return dict(fact="moved", model=model, order=ORDER)
 base("RP-19", "f-R2D gives the same answer when frames change places; R2D does not, and has one frame left behind its first layer.",
     rebuilt=(number_in("change of a logit, f-R2D", moved("fr2d_18"), high=1e-9), number_in("change of a logit, R2D", moved("r2d_18"), 1e-6), number_in("frames behind R2D's first layer", dict(fact="stem_frames", model="r2d_18"), 0.5, 1.5)))
-base("RP-20", "R(2+1)D is 2.75 to 2.85 points above R3D in video accuracy, the level of the figure's axis.",
+base("RP-20", "R(2+1)D is 2.75 to 2.85 points above R3D in video accuracy, of which the text beside the figure speaks.",
     printed=above("R(2+1)D", ["R3D"], 2.75, 2.85, LEVELS[1:]), full=trained("R(2+1)D", "R3D"), **HERE, note="Table 2 gives 2.7 at video level (63.9 - 61.2) and 3.1 at clip level; the caption of Fig. 3 says 2.8.")
 FIGURE = "The figure has no numbers. "
 base("RP-21", FIGURE + "R(2+1)D's training error must be below R3D's at the end.", full=trained("R(2+1)D", "R3D"), **HERE)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['given', 'cmd_run', 'cmd_list', 'show_table', 'failures', 'cmd_results', 'cmd_status', 'cmd_cancel', 'cmd_plan',
-           'cmd_models', 'cmd_data_list', 'cmd_data_render', 'cmd_data_add', 'cmd_readme', 'cmd_docs', 'parser', 'main']
+           'cmd_models', 'cmd_data_list', 'cmd_data_render', 'cmd_data_add', 'cmd_readme', 'cmd_figures', 'cmd_docs',
+           'parser', 'main']
 
 # %% ../../nbs/launch/cli.ipynb #a36847c7
 import argparse, sys
@@ -117,6 +118,11 @@ def cmd_readme(args):
     if args.check and not same: raise StudyError("README.md is not what nbs/index.ipynb renders to; run `study readme` and commit it")
     print("README.md is up to date" if same else "README.md written from nbs/index.ipynb")
 
+def cmd_figures(args):
+    from video_study.evidence.redraw import redraw_all
+    drawn, left = redraw_all()
+    print("\n".join([f"drawn from its tables: {name}" for name in drawn] + [f"needs its notebook: {name}" for name in left]))
+
 def cmd_docs(args):
     from video_study.launch.docs import make_docs
     print(f"{show_path(make_docs(args.output))} is the front page")
@@ -185,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("pattern", nargs="?", default="*", help="only models of this name; * and ? as in file names")
     p = _command(commands, "readme", cmd_readme, "write README.md from nbs/index.ipynb")
     p.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    _command(commands, "figures", cmd_figures, "draw the committed figures again from the committed tables")
     p = _command(commands, "docs", cmd_docs, "write the notebooks as static pages")
     p.add_argument("-o", "--output", help="folder for the pages (default: _docs)")
     return top
