@@ -73,9 +73,9 @@ def _torchcodec(
     sequential: bool,  # decode from the start instead of jumping
 ) -> np.ndarray:  # (len(wanted), height, width, 3) uint8 RGB
     "Read frames with torchcodec, in its exact mode."
+    absent = StudyError("decoder 'torchcodec' cannot be loaded; install it with `pip install \"video_study[video]\"` and FFmpeg 4 to 8 with the system's packages, or choose 'decord' or 'pyav'")
     try: from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError) as e:
-        raise StudyError("decoder 'torchcodec' cannot be loaded; install it with `pip install \"video_study[video]\"` and FFmpeg 4 to 8 with the system's packages, or choose 'decord' or 'pyav'") from e
+    except (ImportError, RuntimeError, OSError) as e: raise absent from e
     try:
         reader = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         if len(reader) <= wanted[-1]: raise StudyError(f"{show_path(path)} ends after {len(reader)} frames, frame {wanted[-1]} was asked for; the file is not the one that was listed")
@@ -83,6 +83,7 @@ def _torchcodec(
         else: frames = reader.get_frames_in_range(0, int(wanted[-1]) + 1).data.numpy()[wanted]
     except (RuntimeError, ValueError, IndexError) as e:
         if isinstance(e, StudyError): raise
+        if "load libtorchcodec" in str(e): raise absent from e  # newer versions look for FFmpeg only now
         if sequential: return _pyav(path, wanted, size, True)  # it gives up on AVI files with B-frames
         raise StudyError(f"torchcodec cannot read {show_path(path)} (missing, damaged, or of a kind it does not know); choose decoder 'pyav', re-encode it as H.264 or leave it out") from e
     return frames if size is None or frames.shape[1:3] == size else np.stack([scaled(f, size) for f in frames])
