@@ -27,7 +27,7 @@ def _added(default, **more): return field(default=default, metadata=dict(added=T
 @dataclass(frozen=True)
 class Descent:
     "How weights are updated, and for how long."
-    epochs: int = 20  # passes over the training videos, one clip a video each
+    epochs: int = field(default=20, metadata=dict(least=0))  # passes over the training videos, one clip a video each; 0: nothing is trained, only evaluated
     batch_size: int = 16  # clips in one forward pass
     accumulate: int = 1  # forward passes in one update; the effective batch is their product
     lr: float = 0.01  # highest learning rate
@@ -155,7 +155,7 @@ def scaled(
     batch, passes = batch_size or recipe.batch_size, accumulate or recipe.accumulate
     size = batch * passes / recipe.batch
     epochs = epochs or (_same_updates(recipe, videos, batch * passes) if videos else recipe.epochs)
-    time, bn = epochs / recipe.epochs, recipe.bn_clips
+    time, bn = epochs / (recipe.epochs or 1), recipe.bn_clips
     return replace(recipe, epochs=epochs, batch_size=batch, accumulate=passes, milestones=tuple(m * time for m in recipe.milestones),
                    warmup_epochs=recipe.warmup_epochs * time, lr=recipe.lr * size, warmup_lr=recipe.warmup_lr * size, bn_clips=bn if not bn or batch % bn == 0 else 0)
 
@@ -193,6 +193,7 @@ RECIPES: dict = {}  # name -> Published
 # %% ../../nbs/training/recipes.ipynb #092b634c
 EMBEDDED = Recipe(epochs=8, batch_size=16, lr=0.05, warmup_epochs=1, momentum=0.9, nesterov=True, weight_decay=5e-4, dropout=0.0, crop="random")
 RECIPES["embedded"] = Published(EMBEDDED, "this study, for the embedded datasets")
+RECIPES["evaluate"] = Published(Recipe(epochs=0, dropout=0.0, crop="center"), "no training: the weights that the experiment names are evaluated as they are")
 
 # %% ../../nbs/training/recipes.ipynb #5ef3fa30
 _mini = Recipe(epochs=75, batch_size=72, lr=0.01, schedule="cosine", lr_per="epoch", weight_decay=5e-4, dropout=0.5, crop="multiscale")

@@ -137,7 +137,9 @@ class Result:
     @staticmethod
     def load(where): return load_result(where)
     def scores(self, protocol="clip"): return load_scores(self.folder, protocol)
-    def history(self): return [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    def history(self):  # one dict an epoch
+        if not self.experiment.recipe.epochs: return []
+        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 # %% ../../nbs/training/state.ipynb #7d2ea8c3
 def write_result(
