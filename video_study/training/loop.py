@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from ..core import StudyError, commit, environment, show_path, unknown, write_json
 from ..data.catalog import dataset
+from ..models.detection import Detector
 from . import state
 from .detection import PeoplePass, check_detection, counted_classes, detection_metrics, has_people, score_detection, threshold
 from .distributed import any_of, check_share, join, lead, rank, shared_loader, world
@@ -102,7 +103,7 @@ def ripen(
     if trainer.ema: trainer.model.load_state_dict(trainer.ema, strict=False)
     if not exp.recipe.calibrate: return
     batches = islice(shared_loader(videos, exp.recipe.batch_size, exp.recipe.epochs, exp.seed, workers), exp.recipe.calibrate)
-    calibrate_norms(getattr(trainer.model, "backbone", trainer.model), (trainer.prepare(b.clips) for b in batches))
+    calibrate_norms(trainer.model.backbone if isinstance(trainer.model, Detector) else trainer.model, (trainer.prepare(b.clips) for b in batches))
     if trainer.reducer: trainer.reducer.average_buffers()
 
 # %% ../../nbs/training/loop.ipynb #efe7f541
