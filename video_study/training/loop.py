@@ -18,7 +18,7 @@ from ..data.catalog import dataset
 from ..models.detection import Detector
 from . import state
 from .detection import PeoplePass, check_detection, counted_classes, detection_metrics, has_people, score_detection, threshold
-from .distributed import any_of, check_share, join, lead, rank, shared_loader, world
+from .distributed import check_share, join, lead, rank, shared_loader, world
 from .evaluate import PROTOCOLS
 from .experiment import Experiment, cost_of, coverage_of, evaluation_split, resolve
 from .metrics import metrics
@@ -28,6 +28,7 @@ from .reporting import StepLog, shown_progress, tensorboard
 from .scores import score_run, several_classes
 from .setup import check_memory, make_clips, make_trainer, memory_of, own_device, torch_settings
 from .state import Result
+from .transfer import start_file
 from .trainer import Diverged, Preempted, Trainer, number_format, restore_trainer, train, trainer_state
 
 # %% ../../nbs/training/loop.ipynb #348b23b2
@@ -139,7 +140,7 @@ def write_run(
     state.save_scores(folder, arrays)
     seconds += sum(h["seconds"] for h in trainer.history)
     result = Result(exp.key, exp, measured, coverage_of(manifest), vars(cost_of(exp)), environment(), commit(), exp.manifest_hash, round(seconds, 1), folder)
-    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile,
+    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile, augment=how.augment, loaded=str(getattr(trainer.model, "loaded", None) or ""),
                        effective=effective(exp.recipe, len(manifest.split("train")), world()))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
@@ -194,6 +195,7 @@ def check_run(
 ):
     "Refuse what cannot work here."
     number_format(exp.recipe, device)
+    start_file(exp)
     manifest = dataset(exp.data)
     if has_people(manifest): check_detection(exp, manifest)
     check_share(exp.recipe.batch_size, len(manifest.split("train")), world(), exp.recipe.bn_clips)

@@ -12,11 +12,11 @@ import torch
 from ..core import StudyError, derive_seed
 from ..data.clips import ClipDataset, to_input
 from ..models.detection import Detector
-from ..models.registry import create_model
 from .distributed import local_rank, gpu_of, world
 from .experiment import Experiment
 from .mutual import alongside
 from .norms import set_norms
+from .transfer import start_model
 from .trainer import Trainer, channels_last, pick_device, set_drop_connect, set_dropout
 
 # %% ../../nbs/training/setup.ipynb #bef04598
@@ -30,7 +30,7 @@ def make_trainer(
 ) -> Trainer:
     "Make the model of an experiment, ready to train."
     torch.manual_seed(derive_seed(exp.seed, "init"))
-    model, recipe = create_model(exp.model, num_classes=num_classes, frames=exp.frames, weights=exp.weights, **dict(exp.model_options)), exp.recipe
+    model, recipe = start_model(exp, num_classes), exp.recipe
     if task == "boxes": model = Detector(model, num_classes)
     set_dropout(model, recipe.dropout); set_drop_connect(model, recipe.drop_connect)
     mean, std = model.spec.mean, model.spec.std
@@ -87,12 +87,14 @@ def memory_floor(
     clips = exp.recipe.batch_size // processes * exp.frames * exp.image_size**2 * 3
     return 4 * (copies * params + clips)
 
+# %% ../../nbs/training/setup.ipynb #4ddf3496
 def memory_of(device: torch.device) -> int:  # bytes
     "Look up how much memory there is."
     if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory
     try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError): return 1 << 62  # the system does not say
 
+# %% ../../nbs/training/setup.ipynb #a3f20b67
 def check_memory(
     exp: Experiment,  # resolved
     params: int,  # of the model
