@@ -64,7 +64,7 @@ def began(tmp_path, name):
     return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait(condition, seconds=60):
+def wait(condition, seconds=150):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -76,7 +76,7 @@ def family(process):
 
 
 def test_killed_workers_cost_their_runs_and_are_replaced(start, tmp_path):
-    process = start(a=60, b=60, c=0.1, d=0.1)
+    process = start(a=600, b=600, c=0.1, d=0.1)
     wait(lambda: began(tmp_path, "a") and began(tmp_path, "b"))
     for name in "ab":
         os.kill(began(tmp_path, name)[0], signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_killed_workers_cost_their_runs_and_are_replaced(start, tmp_path):
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
 def test_a_stopped_dispatcher_leaves_no_process(start, tmp_path, sig):
-    process = start(a=60, b=60, c=60)
+    process = start(a=600, b=600, c=600)
     wait(lambda: began(tmp_path, "a") and began(tmp_path, "b"))
     children = family(process)
     assert len(children) >= 4  # two workers and submitit's controllers
@@ -105,17 +105,12 @@ def test_a_stopped_dispatcher_leaves_no_process(start, tmp_path, sig):
 
 
 def test_an_interrupt_while_workers_start_leaves_no_process(start, tmp_path):
-    process = start(a=60, b=60)
+    process = start(a=600, b=600)
     wait(lambda: len(family(process)) >= 2)
     children = family(process)
-    for _ in range(6):  # Python loses an interrupt that comes in a callback whose exceptions it ignores: a user presses Ctrl-C again
-        process.send_signal(signal.SIGINT)
-        try:
-            process.communicate(timeout=10)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    assert process.poll() is not None
+    process.send_signal(signal.SIGINT)  # once: it is not lost, even while the next worker is being started
+    process.communicate(timeout=60)
+    assert process.returncode != 0
     assert not psutil.wait_procs(children, timeout=30)[1]
 
 

@@ -185,7 +185,8 @@ def add_dataset(
     m.write(own / f"{name}.csv")
     lost = m.problems["split"].value_counts()
     counts = {s: int((m.column("split") == s).sum() + lost.get(s, 0)) for s in SPLITS}
-    told = Card(name, m.classes, {s: n for s, n in counts.items() if n}, title=f"the videos of {folder.name}", licence="that of the videos", root=str(folder))
+    told = Card(name, m.classes, {s: n for s, n in counts.items() if n}, title=f"the videos of {folder.name}", licence="that of the videos", root=str(folder),
+                caution=" ".join(m.notes))
     if not (own / f"{name}.yaml").exists(): write_card(own / f"{name}.yaml", told)
     return dataset(name)
 
