@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from video_study.core import root
-from video_study.data import embedded
+from video_study.data import embedded, staged
 from video_study.data.catalog import card
 from video_study.data.decode import read
 from video_study.data.probing import probe
@@ -136,3 +136,22 @@ def test_no_space_left_keeps_what_was_there(tmp_path, monkeypatch):
         m.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"): embedded.write_video(path, frames[::-1])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["grow.mp4"]
+
+
+@pytest.mark.parametrize("name", list(staged.DRAW))
+def test_staged_datasets_are_what_is_drawn(name):
+    "Charades and AVA: every row, its classes, boxes and pixels."
+    listed = committed(name).to_pandas().drop(columns="class")
+    drawn = pd.DataFrame(staged.rows(name, 8)).set_index("video_id")
+    pd.testing.assert_frame_equal(drawn, listed.set_index("video_id").loc[drawn.index, drawn.columns], check_dtype=False)
+    assert listed["split"].value_counts().to_dict() == dict(card(name).splits) and listed["content"].is_unique
+    assert committed(name).targets(range(len(listed))).any(0).all()
+
+
+def test_staged_files_are_as_listed(tmp_path):
+    for name in staged.DRAW:
+        staged.render(name, tmp_path / name, 1)
+        table = committed(name).to_pandas().set_index("path")
+        for split in staged.VIDEOS:
+            row = table.loc[f"{split}/000.mp4"]
+            assert probe(tmp_path / name / split / "000.mp4") == (row["num_frames"], row["fps"], row["height"], row["width"], row["seek_exact"])

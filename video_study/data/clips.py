@@ -305,7 +305,7 @@ def _try(
         try: return _make(ds, epoch, k)
         except StudyError as e: lost(ds, k, e)
 
-# %% ../../nbs/data/clips.ipynb #330784d8
+# %% ../../nbs/data/clips.ipynb #4c99b777
 def together(
     clips: list,  # tensors of uint8 (..., H, W, 3)
 ) -> torch.Tensor:  # (B, ..., H, W, 3)
@@ -316,6 +316,7 @@ def together(
     for place, c in zip(out, clips): place[..., :c.shape[-3], :c.shape[-2], :] = c
     return out
 
+# %% ../../nbs/data/clips.ipynb #330784d8
 def make_batch(
     ds: ClipDataset,
     epoch: int,  # from 0; makes no difference in evaluation
@@ -331,6 +332,7 @@ def make_batch(
     if not ds.train and ds.views == 1: clips, where = clips[:, 0], where[:, 0]
     return Batch(clips, torch.as_tensor(np.stack(labels)), torch.as_tensor([i for i, _ in made]), where)
 
+# %% ../../nbs/data/clips.ipynb #1c0a7887
 def on_device(
     ds: ClipDataset,
     batch: Batch,  # as `make_batch` made it

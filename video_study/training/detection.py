@@ -14,9 +14,10 @@ from ..data import clips as source
 from ..data.clips import ClipDataset, _size
 from ..data.keyframes import check_key_frames, in_clip, people, proposals, training_boxes
 from ..models.detection import Detector, multilabel_loss
-from .distributed import gather, rank, world
+from .distributed import rank, world
 from .evaluate import PROTOCOLS
 from .frame_map import box_map, detector_quality
+from .scores import everyone
 from .setup import make_clips
 from .trainer import autocast, backward
 
@@ -113,8 +114,8 @@ def score_detection(
     "Score the evaluation videos."
     least, (videos, size) = threshold(manifest), key_clips(exp, manifest, split, device=trainer.cut)
     parts = source.batches(len(videos), size)[rank()::world()]
-    told = score_people(trainer, videos, source.load(videos, 0, parts, workers, trainer.device.type == "cuda"), least, step)
-    told = sorted((t for part in gather(told) for t in part), key=lambda t: t[0])
+    told = everyone(lambda: score_people(trainer, videos, source.load(videos, 0, parts, workers, trainer.device.type == "cuda"), least, step))
+    told = sorted((t for part in told for t in part), key=lambda t: t[0])
     found, true = ([read(videos.manifest, i) for i, _, _ in told] for read in (lambda m, i: proposals(m, i, least), people))
     numbers = lambda parts: np.repeat([t[0] for t in told], [len(p[0]) for p in parts])
     row = lambda parts, k: np.concatenate([p[k] for p in parts])

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from ..core import StudyError, commit, environment, show_path, unknown, write_json
 from ..data.catalog import dataset
+from ..models.detection import Detector
 from . import state
 from .detection import PeoplePass, check_detection, counted_classes, detection_metrics, has_people, score_detection, threshold
 from .distributed import check_share, join, lead, rank, shared_loader, world
@@ -103,7 +104,7 @@ def ripen(
     if trainer.ema: trainer.model.load_state_dict(trainer.ema, strict=False)
     if not exp.recipe.calibrate: return
     batches = islice(shared_loader(videos, exp.recipe.batch_size, exp.recipe.epochs, exp.seed, workers), exp.recipe.calibrate)
-    calibrate_norms(getattr(trainer.model, "backbone", trainer.model), (trainer.prepare(b.clips) for b in batches))
+    calibrate_norms(trainer.model.backbone if isinstance(trainer.model, Detector) else trainer.model, (trainer.prepare(b.clips) for b in batches))
     if trainer.reducer: trainer.reducer.average_buffers()
 
 # %% ../../nbs/training/loop.ipynb #efe7f541
@@ -139,7 +140,7 @@ def write_run(
     state.save_scores(folder, arrays)
     seconds += sum(h["seconds"] for h in trainer.history)
     result = Result(exp.key, exp, measured, coverage_of(manifest), vars(cost_of(exp)), environment(), commit(), exp.manifest_hash, round(seconds, 1), folder)
-    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile, loaded=str(getattr(trainer.model, "loaded", None) or ""),
+    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile, augment=how.augment, loaded=str(getattr(trainer.model, "loaded", None) or ""),
                        effective=effective(exp.recipe, len(manifest.split("train")), world()))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result

@@ -31,6 +31,7 @@ def clips_of(
     drawn = make_clips(exp, manifest, split, train=True, crop="center", flip="none", seed=0, size=size, **options)
     return [(drawn, epoch) for epoch in range(protocol.clips)]
 
+# %% ../../nbs/training/scores.ipynb #55ab3617
 def batches_of(
     videos,  # ClipDataset
     epoch: int,
@@ -75,6 +76,7 @@ def score_views(
 # %% ../../nbs/training/scores.ipynb #52082ef9
 def several_classes(manifest) -> bool: return "labels" in manifest.table.column_names  # whether a video may have several classes
 
+# %% ../../nbs/training/scores.ipynb #c33149ca
 def truth(
     videos,  # manifest of a split
 ) -> np.ndarray:  # (videos,) int64, or (videos, classes) of 0 and 1

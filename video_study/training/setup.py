@@ -87,12 +87,14 @@ def memory_floor(
     clips = exp.recipe.batch_size // processes * exp.frames * exp.image_size**2 * 3
     return 4 * (copies * params + clips)
 
+# %% ../../nbs/training/setup.ipynb #4ddf3496
 def memory_of(device: torch.device) -> int:  # bytes
     "Look up how much memory there is."
     if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory
     try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError): return 1 << 62  # the system does not say
 
+# %% ../../nbs/training/setup.ipynb #a3f20b67
 def check_memory(
     exp: Experiment,  # resolved
     params: int,  # of the model

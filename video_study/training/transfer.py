@@ -30,6 +30,7 @@ def made_by(
 FRAMES_ONLY = checkpoints.Layout("run of a frame network", lambda found: True, checkpoints.by_patterns((r"^(?!fc\.|backbone\.)", "backbone.")), image=True)
 SAME = checkpoints.Layout("run", lambda found: True, str)
 
+# %% ../../nbs/training/transfer.ipynb #6e57a05d
 def layout_of(
     source: dict,  # the experiment that made the weights
     model: nn.Module,  # that is to have them
@@ -106,6 +107,7 @@ def rounds(
         found.append(ready)
     return found
 
+# %% ../../nbs/training/transfer.ipynb #681242f3
 def fit_chain(
     experiments,  # such as `progressive` makes
     **options,  # of `fit`
