@@ -11,7 +11,8 @@ import pytest
 from video_study.core import root
 from video_study.data import embedded
 from video_study.data.catalog import card
-from video_study.data.decode import probe, read
+from video_study.data.decode import read
+from video_study.data.probing import probe
 from video_study.data.manifest import Manifest
 
 NAMES = list(embedded.DRAW)

@@ -108,14 +108,9 @@ def test_an_interrupt_while_workers_start_leaves_no_process(start, tmp_path):
     process = start(a=60, b=60)
     wait(lambda: len(family(process)) >= 2)
     children = family(process)
-    for _ in range(6):  # Python loses an interrupt that comes in a callback whose exceptions it ignores: a user presses Ctrl-C again
-        process.send_signal(signal.SIGINT)
-        try:
-            process.communicate(timeout=10)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    assert process.poll() is not None
+    process.send_signal(signal.SIGINT)  # once: it is not lost, even while the next worker is being started
+    process.communicate(timeout=60)
+    assert process.returncode != 0
     assert not psutil.wait_procs(children, timeout=30)[1]
 
 

@@ -136,13 +136,7 @@ def code_lines(cell):
     return [line for line in source(cell).splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
-# Written in a hurry: their cells are still to be split into one idea each. A notebook that has become short must leave this list (strict).
-TO_SPLIT = {"nbs/data/annotations.ipynb", "nbs/data/audit.ipynb", "nbs/data/build.ipynb", "nbs/data/cache.ipynb", "nbs/data/catalog.ipynb",
-            "nbs/data/decode.ipynb", "nbs/data/flow.ipynb", "nbs/data/isolate.ipynb", "nbs/data/packs.ipynb", "nbs/training/recipes.ipynb"}
-SHORT = [pytest.param(p, marks=pytest.mark.xfail(strict=True, reason="cells still to be split")) if name(p) in TO_SPLIT else p for p in LIBRARY]
-
-
-@pytest.mark.parametrize("path", SHORT, ids=name)
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_cells_are_short(path):
     sizes = {c["id"]: len(code_lines(c)) for c in cells(path) if c["cell_type"] == "code" and code_lines(c)}
     assert {k: v for k, v in sizes.items() if v > 30} == {}, "cells above 30 lines"

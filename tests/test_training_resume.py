@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_videos import toy_dataset
 
 from video_study.core import StudyError, rng
 from video_study.training import state
@@ -23,27 +24,7 @@ SERVER = Path(__file__).with_name("training_process.py")
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Thirty small H.264 files in two classes: brighter to the right, or to the left."""
-    import av
-
-    from video_study.data.manifest import from_folder
-    root = tmp_path_factory.mktemp("videos")
-    for split, count in ("train", 24), ("val", 6):
-        for i in range(count):
-            noise, label = rng(0, split, i), i % 2
-            path = root / split / ("left", "right")[label] / f"{split}_{i}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ramp = np.linspace(40, 200, 40)[:: 1 if label else -1][None, :, None]
-            with av.open(str(path), "w") as file:
-                stream = file.add_stream("libx264", rate=10)
-                stream.width, stream.height, stream.pix_fmt = 40, 32, "yuv420p"
-                for _ in range(10):
-                    frame = np.clip(ramp + noise.normal(0, 60, (32, 40, 3)), 0, 255).astype(np.uint8)
-                    file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                file.mux(stream.encode())
-    path = root / "toy.csv"
-    from_folder(root, "toy").write(path)
-    return path
+    return toy_dataset(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +143,20 @@ def test_killed_while_finishing(start, exp, reference, tmp_path, event):
     start(exp, tmp_path).read(lambda lines: lines[-1].startswith(event)).kill()
     assert start(exp, tmp_path).end().updates() == []
     assert_same(tmp_path, reference[0])
+
+
+def test_mutual_training_killed_twice(start, dataset, tmp_path):
+    """A3D-Slow: the sub-networks of an update are a function of its number, so a run that was killed draws what it would have drawn."""
+    a3d = resolve(experiment(model="slow_resnet50", width=0.0625, data=str(dataset), frames=4, image_size=64, epochs=2, batch_size=4, lr=0.02, dropout=0.5, mutual="0.016", seed=3))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start(a3d, whole, every=0).end()
+    assert undisturbed.updates() == list(range(12))
+    for at in (3, 9):
+        start(a3d, killed, every=0).read(lambda lines: lines[-1] == f"update {at}").kill()
+    last = start(a3d, killed, every=0).end()
+    assert last.updates()[0] in (8, 9), "the last attempt does not go on from the kill"
+    assert_same(killed, whole)
+    assert all(line["divergence"] > 0 for line in contents(whole)["log"])
 
 
 def test_finished_run_is_read_not_repeated(start, exp, reference):

@@ -111,7 +111,8 @@ def write_json(
 # %% ../nbs/core.ipynb #1a5d9796
 @lru_cache
 def commit() -> str:  # short hash, "+" when the tree has uncommitted changes, "unknown" outside git
-    "Name the code that is running."
+    "Name the code that is running: as `VIDEO_STUDY_COMMIT` says where it is a copy, else as git does."
+    if os.environ.get("VIDEO_STUDY_COMMIT"): return os.environ["VIDEO_STUDY_COMMIT"]
     try:
         git = lambda *a: subprocess.run(["git", *a], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "video_study", "nbs") else "")

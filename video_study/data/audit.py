@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from ..core import Progress, StudyError, atomic_write, content_hash, outputs, rng, show_path
 from .catalog import dataset, keep_dataset, published_card
-from .decode import probe, read
+from .decode import read
 from .isolate import Failure, Isolated
 from .manifest import Manifest
+from .printed import printed_lines
+from .probing import probe
 from .sampling import uniform_indices
 
 # %% ../../nbs/data/audit.ipynb #1fbf8a1d
@@ -33,7 +35,9 @@ def look(
 # %% ../../nbs/data/audit.ipynb #16d180a6
 KINDS = ("missing", "truncated", "undecodable", "too short", "duplicate", "leaking")
 
-def kind_of(error: str) -> str:  # one of KINDS
+def kind_of(
+    error: str,  # why a video cannot be read
+) -> str:  # one of KINDS
     "Sort an error."
     if error.startswith("missing") or "no video file" in error: return "missing"
     return "truncated" if "ends after" in error or "is empty" in error or "damaged or missing" in error else "undecodable"
@@ -44,17 +48,30 @@ def _state_of(path: str) -> str:  # changes when the file does
     except OSError: return "gone"
     return f"{s.st_size}-{s.st_mtime_ns}"
 
+# %% ../../nbs/data/audit.ipynb #aec6cebd
 def _log(m: Manifest, decoder: str) -> Path:  # where answers are kept
     return outputs() / "audits" / f"{m.name}-{decoder}-{content_hash(str(m.root), 8)}.jsonl"
 
-def _known(path: Path) -> dict:  # (path, state) -> answer; the last line may be half a line
+# %% ../../nbs/data/audit.ipynb #e5294972
+def _known(path: Path) -> dict:  # (path, state) -> answer; a kill may have left half a line
     found = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try: told = json.loads(line)
-            except json.JSONDecodeError: continue
-            found[told["path"], told["state"]] = told
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try: told = json.loads(line)
+        except json.JSONDecodeError: continue
+        found[told["path"], told["state"]] = told
     return found
+
+# %% ../../nbs/data/audit.ipynb #62e75139
+def _open_log(path: Path, again: bool):  # to write to; the next answer begins a line
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if again: path.unlink(missing_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"): path.write_bytes(path.read_bytes() + b"\n")
+    return open(path, "a", encoding="utf-8")
+
+# %% ../../nbs/data/audit.ipynb #4560cdd7
+def _answer(told) -> dict:  # what is kept of what a process said
+    if isinstance(told, Failure): return {"error": told.error}
+    return {"error": str(told)} if isinstance(told, BaseException) else told
 
 # %% ../../nbs/data/audit.ipynb #76df80a2
 def look_at_all(
@@ -66,24 +83,29 @@ def look_at_all(
     again: bool = False,  # forget what was found before
 ) -> dict:  # path -> what `look` says, or {"error": ...}
     "Look at videos, or remember having done so."
-    log = _log(m, decoder)
-    if again: log.unlink(missing_ok=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
     paths = list(dict.fromkeys(m.table["path"][int(k)].as_py() for k in rows))
-    states, known = {p: _state_of(os.path.join(m.root, p)) for p in paths}, _known(log)
+    states, known = {p: _state_of(os.path.join(m.root, p)) for p in paths}, {} if again else _known(_log(m, decoder))
     told = {p: known[p, states[p]] for p in paths if (p, states[p]) in known}
     left = [p for p in paths if p not in told]
-    import torch, decord, av  # once, before the processes are made
-    if log.exists() and not log.read_bytes().endswith(b"\n"): log.write_bytes(log.read_bytes() + b"\n")  # a kill left half a line
     work = lambda p, at: at(p) or look(os.path.join(m.root, p), decoder)
-    with open(log, "a", encoding="utf-8") as f, Isolated(work, left, workers or os.cpu_count() or 1, limit) as pool, Progress(len(paths), f"checking {m.name}", "videos") as bar:
+    import torch, decord, av  # once, before the processes are made
+    with _open_log(_log(m, decoder), again) as f, Isolated(work, left, workers or os.cpu_count() or 1, limit) as pool, Progress(len(paths), f"checking {m.name}", "videos") as bar:
         bar.update(len(told))
         for k, answer in pool:
-            error = isinstance(answer, (Failure, BaseException))
-            told[left[k]] = {"path": left[k], "state": states[left[k]], **({"error": answer.error if isinstance(answer, Failure) else str(answer)} if error else answer)}
+            told[left[k]] = {"path": left[k], "state": states[left[k]], **_answer(answer)}
             f.write(json.dumps(told[left[k]]) + "\n"); f.flush()
             bar.update()
     return told
+
+# %% ../../nbs/data/audit.ipynb #be6cbbe6
+def _copies(files: list) -> list:  # (name, path, split, answer) of readable videos -> name, path, split, kind, detail
+    out, seen = [], {}
+    for name, path, split, answer in files:
+        earlier = seen.setdefault(answer["content"], {})  # path -> (video_id, split)
+        for other, there in [] if answer["flat"] or path in earlier else list(earlier.values())[:1]:
+            out.append((name, path, split, "duplicate" if there == split else "leaking", f"same as {other}" + ("" if there == split else f" of {there}")))
+        earlier.setdefault(path, (name, split))
+    return out
 
 # %% ../../nbs/data/audit.ipynb #332439a9
 def findings(
@@ -93,18 +115,24 @@ def findings(
     shortest: int = 1,  # frames below which a video is too short
 ) -> pd.DataFrame:  # video_id, path, split, kind, detail
     "List what is wrong."
-    out, seen = [], {}
-    files = list(zip(*(m.table[c].to_pylist() for c in ("video_id", "path", "split"))))
-    for k in map(int, rows):
-        (name, path, split), answer = files[k], told[files[k][1]]
-        if "error" in answer: out.append((name, path, split, kind_of(answer["error"]), answer["error"])); continue
-        if answer["num_frames"] < shortest: out.append((name, path, split, "too short", f"{answer['num_frames']} of {shortest} frames"))
-        earlier = seen.setdefault(answer["content"], {})  # path -> (video_id, split)
-        for other, there in [] if answer["flat"] or path in earlier else list(earlier.values())[:1]:
-            out.append((name, path, split, "duplicate" if there == split else "leaking", f"same as {other}" + ("" if there == split else f" of {there}")))
-        earlier.setdefault(path, (name, split))
+    listed = list(zip(*(m.table[c].to_pylist() for c in ("video_id", "path", "split"))))
+    files = [(*listed[k], told[listed[k][1]]) for k in map(int, rows)]
+    bad = [(v, p, s, kind_of(a["error"]), a["error"]) for v, p, s, a in files if "error" in a]
+    good = [f for f in files if "error" not in f[3]]
+    short = [(v, p, s, "too short", f"{a['num_frames']} of {shortest} frames") for v, p, s, a in good if a["num_frames"] < shortest]
     lost = [(p.path, p.path, p.split, kind_of(p.error), p.error) for p in m.problems.itertuples()]
-    return pd.DataFrame(out + lost, columns=["video_id", "path", "split", "kind", "detail"])
+    return pd.DataFrame([*bad, *short, *_copies(good), *lost], columns=["video_id", "path", "split", "kind", "detail"])
+
+# %% ../../nbs/data/audit.ipynb #1514d6c8
+def _with_facts(good: pd.DataFrame, facts: list) -> pd.DataFrame:  # rows, as they were found
+    whole = [a["num_frames"] for a in facts]
+    frames = np.minimum(good["num_frames"], np.array(whole) - good["first"]) if "first" in good else whole
+    fps = [a["fps"] or f for a, f in zip(facts, good["fps"])]
+    return good.assign(num_frames=frames, fps=fps, **{name: [a[name] for a in facts] for name in ("height", "width", "seek_exact")})
+
+# %% ../../nbs/data/audit.ipynb #9434ecf9
+def _beyond(rows: pd.DataFrame):  # whether the frames that a row asks for lie behind the end of its file
+    return (rows["num_frames"] < 1) | (rows["key"] >= rows["num_frames"]) if "key" in rows else rows["num_frames"] < 1
 
 # %% ../../nbs/data/audit.ipynb #b3d0ab65
 def audited(
@@ -115,19 +143,40 @@ def audited(
     table = m.to_pandas()
     answers = [told[p] for p in table["path"]]
     bad = np.array(["error" in a for a in answers])
+    if bad.all(): raise StudyError(f"none of the {len(m)} videos of {m.name!r} can be read ({answers[0]['error']})")
     lost = table[bad][["path", "split"]].assign(error=[a["error"] for a in answers if "error" in a])
-    good = table[~bad].reset_index(drop=True)
-    facts = [a for a in answers if "error" not in a]
-    if not facts: raise StudyError(f"none of the {len(m)} videos of {m.name!r} can be read ({answers[0]['error']})")
-    whole = [a["num_frames"] for a in facts]
-    frames = np.minimum(good["num_frames"], np.array(whole) - good["first"]) if "first" in good else whole
-    good = good.assign(num_frames=frames, height=[a["height"] for a in facts], width=[a["width"] for a in facts], seek_exact=[a["seek_exact"] for a in facts],
-                       fps=[a["fps"] or f for a, f in zip(facts, good["fps"])])
-    gone = good["num_frames"] < 1 if "key" not in good else (good["num_frames"] < 1) | (good["key"] >= good["num_frames"])
-    lost = pd.concat([m.problems, lost, good[gone][["path", "split"]].assign(error="it ends before the frames that are asked for")], ignore_index=True)
-    new = Manifest(pa.Table.from_pandas(good[~gone].reset_index(drop=True), preserve_index=False), m.classes, m.name, m.root, lost)
+    good = _with_facts(table[~bad].reset_index(drop=True), [a for a in answers if "error" not in a])
+    gone = _beyond(good)
+    short = good[gone][["path", "split"]].assign(error="it ends before the frames that are asked for")
+    rows = pa.Table.from_pandas(good[~gone].reset_index(drop=True), preserve_index=False)
+    new = Manifest(rows, m.classes, m.name, m.root, pd.concat([m.problems, lost, short], ignore_index=True))
     new.card = m.card
     return new
+
+# %% ../../nbs/data/audit.ipynb #a57a3f1c
+def _keep(name, m: Manifest) -> Manifest:  # written over the old one where it came from
+    path = Path(str(name))
+    if path.suffix in (".csv", ".parquet"):
+        m.write(path, replace=True)
+        return dataset(name)
+    from video_study.data.catalog import _cards
+    suffix = ".csv" if _cards()[m.name].with_suffix(".csv").exists() else ".parquet"
+    m.card = replace(m.card, audited=True)
+    return keep_dataset(m, suffix)
+
+# %% ../../nbs/data/audit.ipynb #bb62e27b
+def _lines(m: Manifest, table: pd.DataFrame, looked: int, full: bool) -> list:  # what was found, for the user
+    ok, listed = m.coverage
+    slow = int((~m.column("seek_exact").astype(bool)).sum())
+    lines = [f"{m.name}: {ok} of {listed} listed videos can be read ({100 * ok / listed:.2f} %)" if full else f"{m.name}: {looked} of {len(m)} videos were looked at"]
+    lines += [f"{n} {kind}" for kind, n in table["kind"].value_counts().items()] or ["nothing is wrong"]
+    return lines + ([f"{slow} are read from the start, because jumping in them finds wrong frames"] if full else [])
+
+# %% ../../nbs/data/audit.ipynb #dfd3bab3
+def _published(m: Manifest) -> list:  # what papers print of it beside what is here, for the user
+    try: told = published_card(m.name)
+    except StudyError: return []  # an own dataset
+    return printed_lines(m, told)
 
 # %% ../../nbs/data/audit.ipynb #0dee95b0
 def check(
@@ -142,32 +191,9 @@ def check(
     "Check a dataset; after a full check its manifest holds facts."
     m = dataset(name)
     rows = np.arange(len(m)) if sample is None or sample >= len(m) else np.sort(rng(0, "audit", m.hash).choice(len(m), sample, replace=False))
-    told = look_at_all(m, rows, decoder, workers, limit, again)
+    told, full = look_at_all(m, rows, decoder, workers, limit, again), len(rows) == len(m)
     table = findings(m, told, rows, shortest or 1)
     path = outputs() / "audits" / f"{m.name}.csv"
     with atomic_write(path) as f: table.to_csv(f, index=False, lineterminator="\n")
-    full = len(rows) == len(m)
     if full and not m.card.embedded: m = _keep(name, audited(m, told))
-    return table, _lines(m, table, rows, path, full), m
-
-# %% ../../nbs/data/audit.ipynb #a57a3f1c
-def _keep(name, m: Manifest) -> Manifest:  # written over the old one where it came from
-    path = Path(str(name))
-    if path.suffix in (".csv", ".parquet"): m.write(path, replace=True); return dataset(name)
-    from video_study.data.catalog import _cards
-    suffix = ".csv" if _cards()[m.name].with_suffix(".csv").exists() else ".parquet"
-    m.card = replace(m.card, audited=True)
-    return keep_dataset(m, suffix)
-
-def _lines(m: Manifest, table: pd.DataFrame, rows, path: Path, full: bool) -> list:  # for the user
-    ok, listed = m.coverage
-    lines = [f"{m.name}: {ok} of {listed} listed videos can be read ({100 * ok / listed:.2f} %)" if full else f"{m.name}: {len(rows)} of {len(m)} videos were looked at"]
-    lines += [f"{n} {kind}" for kind, n in table["kind"].value_counts().items()] or ["nothing is wrong"]
-    if full: lines += [f"{int((~m.column('seek_exact').astype(bool)).sum())} are read from the start, because jumping in them finds wrong frames"]
-    try: lines += [f"{r.source} prints {r.printed} {r.split} videos; here are {r.videos} ({100 * r.share:.1f} %)" for r in _published(m).itertuples()]
-    except StudyError: pass
-    return [*lines, f"{show_path(path)} lists all"]
-
-def _published(m):
-    from video_study.data.build import published_coverage
-    return published_coverage(m, published_card(m.name))
+    return table, [*_lines(m, table, len(rows), full), *_published(m), f"{show_path(path)} lists all"], m

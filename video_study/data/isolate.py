@@ -18,6 +18,18 @@ class Failure(NamedTuple):
     at: object  # what it had said it was about to touch
     error: str  # how it ended
 
+# %% ../../nbs/data/isolate.ipynb #91d2d21b
+def _attempt(
+    work,  # (item, at) -> result
+    place: int,  # of the item
+    item,  # what is to be done
+    connection,  # to the parent
+) -> tuple:  # "done" or "refused", the place, and the result or the exception
+    "Do one piece of work."
+    try: return "done", place, work(item, lambda what: connection.send(("at", place, what)))
+    except StudyError as e: return "refused", place, e
+    except Exception as e: return "refused", place, RuntimeError(f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-3)}")
+
 # %% ../../nbs/data/isolate.ipynb #8cf0cd96
 def _serve(
     connection,  # to the parent
@@ -31,10 +43,7 @@ def _serve(
         try: place, item = connection.recv()
         except EOFError: os._exit(0)
         connection.send(("at", place, None))
-        try: told = "done", place, work(item, lambda what: connection.send(("at", place, what)))
-        except StudyError as e: told = "refused", place, e
-        except Exception as e: told = "refused", place, RuntimeError(f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-3)}")
-        try: connection.send(told)
+        try: connection.send(_attempt(work, place, item, connection))
         except BrokenPipeError: os._exit(0)
 
 # %% ../../nbs/data/isolate.ipynb #0f65d163
@@ -91,6 +100,7 @@ def _hand_out(pool: Isolated):  # items to workers that have room, none further 
             try: w.give(place, pool.items[place])
             except (BrokenPipeError, ConnectionResetError): w.given.append(place); break  # died meanwhile: found out below
 
+# %% ../../nbs/data/isolate.ipynb #5bacc2ec
 def _replace(pool: Isolated, w: _Worker, error: str):  # a dead worker by a new one
     died, others = w.given[0] if w.given else None, list(w.given)[1:]
     w.end()
@@ -109,6 +119,13 @@ def _listen(pool: Isolated, w: _Worker):  # to one message
     if kind == "at": w.at = value
     else: w.given.popleft(); w.at = None; pool.ready[place] = value
 
+# %% ../../nbs/data/isolate.ipynb #d32e622b
+def _hear(pool: Isolated):  # whoever speaks; replace who has been silent for too long
+    speaking = wait([w.connection for w in pool.pool], timeout=min(0.5, pool.limit / 4))
+    for w in [w for w in pool.pool if w.connection in speaking]: _listen(pool, w)
+    if speaking: return
+    for w in [w for w in pool.pool if w.given and time.monotonic() - w.since > pool.limit]: _replace(pool, w, f"its decoder did not finish within {pool.limit:g} seconds")
+
 # %% ../../nbs/data/isolate.ipynb #259faf6a
 def _next(pool: Isolated):
     "Wait for the result whose turn it is."
@@ -117,10 +134,7 @@ def _next(pool: Isolated):
     for w in pool.pool: w.since = max(w.since, now)
     while pool.next not in pool.ready:
         _hand_out(pool)
-        speaking = wait([w.connection for w in pool.pool], timeout=min(0.5, pool.limit / 4))
-        for w in [w for w in pool.pool if w.connection in speaking]: _listen(pool, w)
-        if speaking: continue
-        for w in [w for w in pool.pool if w.given and time.monotonic() - w.since > pool.limit]: _replace(pool, w, f"its decoder did not finish within {pool.limit:g} seconds")
+        _hear(pool)
     place, pool.next = pool.next, pool.next + 1
     _hand_out(pool)
     return place, pool.ready.pop(place)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np, pandas as pd, pyarrow as pa
 from ..core import Progress, StudyError, atomic_write, derive_seed, show_path, unknown
 from .checks import SPLITS, check_classes, check_files, check_table, notes, some
-from .decode import probe
+from .probing import probe
 
 # %% ../../nbs/data/manifest.ipynb #3b429bc0
 COLUMNS = {

@@ -39,6 +39,14 @@ def _encode(
     return out.getvalue()
 
 # %% ../../nbs/data/packs.ipynb #62407f5f
+def _table_of(
+    parts: list,  # the stored frames
+) -> bytes:  # where each begins in the file, where the last ends, and the sum of each
+    "Make the table that stands between the head and the frames."
+    start = _HEAD.size + 8 * (len(parts) + 1) + 4 * len(parts)
+    return (start + np.cumsum([0, *map(len, parts)])).astype("<i8").tobytes() + np.array([zlib.crc32(p) for p in parts], "<u4").tobytes()
+
+# %% ../../nbs/data/packs.ipynb #3cf45194
 def write_pack(
     path,  # appears when it is complete
     frames: np.ndarray,  # (T, H, W, 3) uint8
@@ -47,8 +55,7 @@ def write_pack(
     "Write a pack."
     if not 0 <= quality <= 100: raise StudyError(f"quality must be 1 to 100, or 0 for raw pixels, not {quality}")
     parts = [_encode(f, quality) for f in frames]
-    start = _HEAD.size + 8 * (len(parts) + 1) + 4 * len(parts)
-    table = (start + np.cumsum([0, *map(len, parts)])).astype("<i8").tobytes() + np.array([zlib.crc32(p) for p in parts], "<u4").tobytes()
+    table = _table_of(parts)
     with atomic_write(path, "wb") as f: f.write(_HEAD.pack(_MAGIC, *frames.shape[:3], quality, zlib.crc32(table)) + table); f.writelines(parts)
 
 # %% ../../nbs/data/packs.ipynb #fa6f25a2
@@ -68,36 +75,16 @@ def _head(
     if os.fstat(fd).st_size != pack.offsets[-1]: raise bad
     return pack
 
-def pack_info(path) -> Pack:  # the head of a pack
+# %% ../../nbs/data/packs.ipynb #0714b235
+def pack_info(
+    path,  # of a pack
+) -> Pack:
+    "Read the head of a pack."
     fd = os.open(path, os.O_RDONLY)
     try: return _head(fd, path)
     finally: os.close(fd)
 
-# %% ../../nbs/data/packs.ipynb #06ce886e
-def read_pack(
-    path,
-    wanted: np.ndarray,  # frame numbers
-    size: tuple | None = None,  # (height, width); None or that of the pack: as stored
-) -> np.ndarray:  # (len(wanted), height, width, 3) uint8
-    "Read frames of a pack."
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        pack = _head(fd, path)
-        if pack.num_frames <= max(wanted): raise StudyError(f"{show_path(path)} ends after {pack.num_frames} frames, frame {max(wanted)} was asked for; the file is not the one that was listed")
-        out = np.empty((len(wanted), pack.height, pack.width, 3), np.uint8)
-        for frame, k in zip(out, map(int, wanted)):
-            if not pack.quality: os.preadv(fd, [frame.reshape(-1)], pack.offsets[k])
-            else: frame[:] = _decode(os.pread(fd, int(pack.offsets[k + 1] - pack.offsets[k]), pack.offsets[k]), pack.checks[k], path)
-    finally: os.close(fd)
-    if size is None or tuple(size) == out.shape[1:3]: return out
-    from video_study.data.decode import scaled
-    return np.stack([scaled(f, size) for f in out])
-
-def _decode(data: bytes, check: int, path) -> np.ndarray:  # (H, W, 3) uint8
-    if zlib.crc32(data) != check: raise StudyError(f"{show_path(path)} is damaged; delete it and run `study data cache` again")
-    try: return _by_opencv(data)
-    except ImportError: return _by_pillow(data)
-
+# %% ../../nbs/data/packs.ipynb #b3d654d7
 def _by_opencv(data: bytes) -> np.ndarray:  # (H, W, 3) uint8
     import cv2
     data, straight = np.frombuffer(data, np.uint8), getattr(cv2, "IMREAD_COLOR_RGB", None)  # from version 4.10 on
@@ -108,8 +95,47 @@ def _by_pillow(data: bytes) -> np.ndarray:  # the same
     from PIL import Image
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
+# %% ../../nbs/data/packs.ipynb #4425a2ac
+def _decode(data: bytes, check: int, path) -> np.ndarray:  # (H, W, 3) uint8
+    if zlib.crc32(data) != check: raise StudyError(f"{show_path(path)} is damaged; delete it and run `study data cache` again")
+    try: return _by_opencv(data)
+    except ImportError: return _by_pillow(data)
+
+# %% ../../nbs/data/packs.ipynb #95d75c6b
+def _frame_into(
+    frame: np.ndarray,  # (H, W, 3) uint8, to be filled
+    fd: int,  # of the open pack
+    pack: Pack,  # its head
+    k: int,  # number of the frame
+    path,  # for messages
+):
+    "Read one frame."
+    at, end = map(int, pack.offsets[k:k + 2])
+    if not pack.quality: os.preadv(fd, [frame.reshape(-1)], at)
+    else: frame[:] = _decode(os.pread(fd, end - at, at), pack.checks[k], path)
+
+# %% ../../nbs/data/packs.ipynb #06ce886e
+def read_pack(
+    path,  # of a pack
+    wanted: np.ndarray,  # frame numbers
+    size: tuple | None = None,  # (height, width); None or that of the pack: as stored
+) -> np.ndarray:  # (len(wanted), height, width, 3) uint8
+    "Read frames of a pack."
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        pack = _head(fd, path)
+        if pack.num_frames <= max(wanted): raise StudyError(f"{show_path(path)} ends after {pack.num_frames} frames, frame {max(wanted)} was asked for; the file is not the one that was listed")
+        out = np.empty((len(wanted), pack.height, pack.width, 3), np.uint8)
+        for frame, k in zip(out, map(int, wanted)): _frame_into(frame, fd, pack, k, path)
+    finally: os.close(fd)
+    if size is None or tuple(size) == out.shape[1:3]: return out
+    from video_study.data.decode import scaled
+    return np.stack([scaled(f, size) for f in out])
+
 # %% ../../nbs/data/packs.ipynb #c133314a
-def verify_pack(path):
+def verify_pack(
+    path,  # of a pack
+):
     "Compare every frame with its sum."
     with open(path, "rb") as f:
         pack = _head(f.fileno(), path)

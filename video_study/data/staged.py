@@ -71,8 +71,8 @@ def _found(
     g: np.random.Generator,
     boxes: list,  # of the actors
 ) -> list:  # [x1, y1, x2, y2, score]
-    "Draw what a person detector would find: every actor, not quite exactly, and a place where nobody is."
-    near = [[round(float(np.clip(v + g.uniform(-.02, .02), 0, 1)), 4) for v in b] + [round(float(g.uniform(.85, 1)), 3)] for b in boxes]
+    "Draw what a person detector would find: every actor, not quite exactly and now and then without being sure, and a place where nobody is."
+    near = [[round(float(np.clip(v + g.uniform(-.012, .012), 0, 1)), 4) for v in b] + [round(float(g.uniform(.78, 1)), 3)] for b in boxes]
     x, y = g.uniform(0, .7, 2)
     return near + [[round(float(v), 4) for v in (x, y, x + .25, y + .25)] + [round(float(g.uniform(.2, .7)), 3)]]
 

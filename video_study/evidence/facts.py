@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'fact', 'differs', 'moved', 'seen_by_tams', 'tam_minus_tsm', 'relus', 'last_frames', 'stem_frames',
-           'factorised_weights', 'formula_filters', 'not_loadable', 'configurations', 'product_rule', 'stored',
-           'fast_share', 'fused_columns_fixed', 'expected_training', 'grown', 'step', 'trainings', 'speed', 'number']
+           'factorised_weights', 'formula_filters', 'not_loadable', 'configurations', 'product_rule', 'dominated',
+           'widest_unbeaten', 'a3d_macs', 'stored', 'fast_share', 'fused_columns_fixed', 'expected_training', 'grown',
+           'step', 'trainings', 'speed', 'number']
 
 # %% ../../nbs/evidence/facts.ipynb #68848d7f
 import json
@@ -189,6 +190,49 @@ def product_rule() -> float:  # largest deviation, as a share
     grid = _grid()
     full = grid[max(grid, key=grid.get)]
     return max(abs(macs / full / (w * w * (t / 8) * (s / 224) ** 2) - 1) for (w, t, s), macs in grid.items())
+
+# %% ../../nbs/evidence/facts.ipynb #dbd2c99e
+@lru_cache(maxsize=None)
+def _table(locator):
+    "Pair the printed accuracies of a grid of A3D with counted costs; the full network at 256 pixels is left out."
+    rows = cells("a3d", locator=locator, metric="top1")
+    name, frames = ("a3d_slowfast_resnet50", 32) if rows["model"].iloc[0].startswith("A3D-SlowFast") else ("slow_resnet50", 8)
+    with torch.device("meta"): net = adaptive(create_model(name, num_classes=400, frames=frames), min_width=0.5)
+    grid = {(float(r.width), int(r.frames), int(r.crop_px)): r.number for r in rows.itertuples() if int(r.crop_px) <= 224}
+    return {c: (row["macs"], grid[c]) for c, row in zip(grid, cost_surface(net, [Config(*c) for c in grid]))}
+
+def _beaten(grid, c, by=1e-9): return any(macs <= grid[c][0] and top1 >= grid[c][1] + by and (macs, top1) != grid[c] for macs, top1 in grid.values())
+
+# %% ../../nbs/evidence/facts.ipynb #bdd6a956
+@fact
+def dominated(
+    grid: str,  # the table with the accuracies of all configurations
+    listed: str,  # the table that lists the best
+) -> int:
+    "Count the listed configurations that another one beats."
+    costs = _table(grid)
+    rows = cells("a3d", locator=listed, metric="top1")
+    mine = [c for r in rows.itertuples() if (c := (float(r.width), int(r.frames), int(r.crop_px))) in costs]
+    if not mine: raise StudyError(f"{listed} lists no configuration of {grid}")
+    return sum(_beaten(costs, c) for c in mine)
+
+@fact
+def widest_unbeaten(
+    grid: str,  # the table with the accuracies of all configurations
+    budget: float,  # share of the full network's multiply-adds at 256 pixels
+) -> float:  # share of the channels
+    "Return the largest width among the configurations within a budget that none beats, or equals at less cost."
+    most, costs = budget * counted(Build("slow_resnet50", 8, 256)).macs, _table(grid)
+    return max(c[0] for c, (macs, _) in costs.items() if macs <= most and not _beaten(costs, c, by=0))
+
+@fact
+def a3d_macs(
+    width: float,  # share of the channels
+    frames: int,  # of the clip
+    size: int,  # side of its frames in pixels
+) -> int:
+    "Count a configuration of A3D-Slow."
+    return counted(Build("slow_resnet50", frames, size, options=(("width", width),) if width < 1 else ())).macs
 
 # %% ../../nbs/evidence/facts.ipynb #2824d260
 @fact

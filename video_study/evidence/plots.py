@@ -29,7 +29,9 @@ STYLES = dict(
     mc2=Style("MC2", "#8FD3C8", "s"), mc3=Style("MC3", "#5AB4A8", "s"), mc4=Style("MC4", "#2F8F83", "s"), mc5=Style("MC5", "#0B6258", "s"),
     rmc2=Style("rMC2", "#C9A6DB", "p"), rmc3=Style("rMC3", "#A878C4", "p"), rmc4=Style("rMC4", "#8449A6", "p"), rmc5=Style("rMC5", "#5B2379", "p"),
     slow=Style("Slow", "#117733", "o"), slowfast=Style("SlowFast", "#332288", "o"), x3d=Style("X3D", "#AA4499", "d"),
-    a3d_slow=Style("A3D-Slow", "#44AA99", "D"), a3d_slowfast=Style("A3D-SlowFast", "#6A5ACD", "D"))
+    a3d_slow=Style("A3D-Slow", "#44AA99", "D"), a3d_slowfast=Style("A3D-SlowFast", "#6A5ACD", "D"),
+    x3d_same=Style("full conv., same cost", "#CC6677", "s"), x3d_dense=Style("full conv., 6-9x cost", "#661100", "P"), x3d_relu=Style("no swish", "#B8860B", "^"),
+    x3d_plain=Style("no SE", "#4477AA", "v"), r2plus1d_flow=Style("R(2+1)D, flow", "#2166AC", "X"), twostream=Style("R(2+1)D, two streams", "#762A83", "D"))
 
 def style(
     system: str,  # name of a system, as in the registry
@@ -112,7 +114,7 @@ def _panel(ax, group, runs, title, says, ceiling):
     if runs is None: _theirs(ax, group, _slots(systems, frames))
     else:
         _ours(ax, group, runs, _slots(systems, frames))
-        seeds = group["seeds"].min()
+        seeds = int(group["seeds"].min())
         counts += f", {seeds} seed{'s' * (seeds != 1)}, {group['videos'].min()} videos"
     _axis(ax, systems, frames, title, f"{says}\n{counts}" if says else counts)
     if ceiling is not None: _ceiling(ax, ceiling)

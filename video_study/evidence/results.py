@@ -109,11 +109,12 @@ def correct_table(
 def accuracies(
     runs: pd.DataFrame,  # from `collect`
     protocol: str = "clip",  # how the videos were scored
+    scores=correct_table,  # (keys, protocol) -> one row a run, one column a video
 ) -> pd.DataFrame:  # one row a setting: mean, low, high in percent, seeds, videos
     "Measure the accuracy of every setting with its interval over seeds and videos."
     rows = []
     for setting, group in runs[runs["protocol"] == protocol].groupby("setting", sort=False):
-        i = interval(100.0 * correct_table(group["key"], protocol).to_numpy(), bounds=(0, 100))
+        i = interval(100.0 * scores(list(group["key"]), protocol).to_numpy(), bounds=(0, 100))
         told = group.iloc[0][["model", "system", "backbone", "data", "frames", "width", "image_size", "params", "macs"]].to_dict()
         rows.append(told | dict(setting=setting, protocol=protocol, mean=i.mean, low=i.low, high=i.high, seeds=i.seeds, videos=i.videos))
     return pd.DataFrame(rows)

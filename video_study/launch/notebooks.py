@@ -120,7 +120,8 @@ def _execute(source, part, values, folder, quiet):
     patience = Config(KernelManager=dict(shutdown_wait_time=2.))  # seconds until a kernel that does not end is killed
     cells = notebook_cells(source)
     headings = {c.get("id"): heading_of(cells, i) for i, c in enumerate(cells)}
-    with this_kernel(folder) as progress, Live(progress, len(cells), out=io.StringIO() if quiet else None) as live:
+    work = max((i for i, c in enumerate(cells) if c["cell_type"] == "code" and "dispatch(" in c["source"]), default=-1)
+    with this_kernel(folder) as progress, Live(progress, len(cells), out=io.StringIO() if quiet else None, work=work) as live:
         start = lambda cell, cell_index: live.at(min(cell_index, len(cells) - 1), headings.get(cell.get("id"), live.heading))
         try: papermill.execute_notebook(source, part, values, kernel_name="python3", language="python", progress_bar=False, on_cell_start=start, config=patience)
         except Exception as e: return live.heading, e

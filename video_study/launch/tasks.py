@@ -85,10 +85,10 @@ def one_bar(
     "Show one bar over the epochs of all tasks; yield the function that renews it from the files."
     before, looked = sum(map(epochs_done, tasks)), 0.
     bar = Progress(sum(t.epochs for t in tasks) - before, "training", "epochs")
-    def renew(ahead=0.):  # epochs that no file tells of yet
+    def renew(ahead=0., more=""):  # epochs that no file tells of yet, further words
         nonlocal looked
         if time.monotonic() - looked < 0.5: return
-        bar.at(sum(map(epochs_done, tasks)) - before + ahead, tally(tasks))
+        bar.at(sum(map(epochs_done, tasks)) - before + ahead, tally(tasks) + more)
         looked = time.monotonic()
     try: yield renew
     finally: bar.close(tally(tasks))

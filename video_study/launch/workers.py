@@ -102,13 +102,18 @@ def workshop():
 # %% ../../nbs/launch/workers.ipynb #9921f40b
 @contextmanager
 def deaf():
-    "Start processes in this block that ignore Ctrl-C."
-    if threading.current_thread() is not threading.main_thread():
+    "Start processes in this block that never hear Ctrl-C; one that comes meanwhile is heard when the block ends."
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    late, main = [], threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda *_: late.append(True)) if main else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: yield
-    finally: signal.signal(signal.SIGINT, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None: signal.signal(signal.SIGINT, handler)
+        if late: signal.raise_signal(signal.SIGINT)
 
 # %% ../../nbs/launch/workers.ipynb #38c05bcd
 def start_worker(
@@ -121,7 +126,7 @@ def start_worker(
     from submitit import LocalExecutor
     executor, seen = LocalExecutor(folder), gpus()
     executor.update_parameters(timeout_min=10**6, stderr_to_stdout=True)
-    with deaf(): return executor.submit(work, folder, tasks, worker, max(1, cores() // jobs), seen[worker % len(seen)] if seen else "")
+    return executor.submit(work, folder, tasks, worker, max(1, cores() // jobs), seen[worker % len(seen)] if seen else "")
 
 # %% ../../nbs/launch/workers.ipynb #55a6227f
 def end_of_log(
@@ -168,15 +173,16 @@ def run_local(
     "Run tasks in several processes of this machine."
     jobs, running, log = min(jobs or len(gpus()) or cores(), len(tasks)), {}, ""
     with workshop() as folder:
+        def begin(worker):
+            with deaf(): running[worker] = start_worker(folder, tasks, worker, jobs)
         try:
-            for worker in range(jobs): running[worker] = start_worker(folder, tasks, worker, jobs)
+            for worker in range(jobs): begin(worker)
             while running:
                 time.sleep(0.2); renew()
                 for worker in [w for w, job in running.items() if job.done()]:
                     job = running.pop(worker)
                     log = end_of_log(job)
                     bury(folder, tasks, worker, job)
-                    if len(taken(folder)) < len(tasks) and worker in taken(folder).values():
-                        running[worker + jobs] = start_worker(folder, tasks, worker + jobs, jobs)
+                    if len(taken(folder)) < len(tasks) and worker in taken(folder).values(): begin(worker + jobs)
             if len(taken(folder)) < len(tasks): raise StudyError(f"the worker processes end before they begin; the last one's log:\n{log}")
         finally: end_workers(folder, running)

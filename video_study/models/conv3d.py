@@ -49,7 +49,7 @@ def frames_seen(
 # %% ../../nbs/models/conv3d.ipynb #783731cf
 def check_frames(
     frames: int,  # of a clip
-    least: int,  # product of the temporal strides
+    least: int,  # with fewer, the feature map is empty
 ):
     "Refuse a clip too short for the temporal strides of a network."
     if frames < least: raise StudyError(f"{frames} frames are too few for the temporal strides of this network; give at least {least}")

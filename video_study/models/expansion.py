@@ -92,13 +92,14 @@ def expand(
     state: State,  # to start from
     axis: str,  # one of `AXES`
     target: float = 2.,  # factor in cost
+    num_classes: int = 400,  # of the classifier, which costs something too
 ) -> State:  # larger along that axis only
     "Expand along one axis to about `target` times the multiply-adds (X3D A.3)."
     if axis not in AXES: raise unknown("axis", axis, AXES)
     if not 1 < target < math.inf: raise StudyError(f"target={target} does not expand; give a factor above 1, such as 2.0")
-    wanted, best, gap = target * macs(state), None, math.inf
+    wanted, best, gap = target * macs(state, num_classes), None, math.inf
     for candidate in AXES[axis](state):
-        cost = macs(candidate)
+        cost = macs(candidate, num_classes)
         if abs(cost - wanted) > gap and cost > wanted: return best
         if abs(cost - wanted) <= gap: best, gap = candidate, abs(cost - wanted)
 
@@ -106,9 +107,10 @@ def expand(
 def candidates(
     state: State,  # to start from
     target: float = 2.,  # factor in cost
+    num_classes: int = 400,  # of the classifier
 ) -> dict:  # axis -> state
     "Give what one expansion step trains and compares."
-    return {axis: expand(state, axis, target) for axis in AXES}
+    return {axis: expand(state, axis, target, num_classes) for axis in AXES}
 
 # %% ../../nbs/models/expansion.ipynb #da620420
 def contract(

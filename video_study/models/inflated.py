@@ -84,7 +84,7 @@ class Inflated(nn.Module):
         backbone: nn.Module,  # maps (B, 3, T, H, W) to (B, C, T', h, w)
         num_classes: int,  # logits
         dropout: float,  # probability, before the classifier
-        least: int = 1,  # frames that the temporal strides need
+        least: int = 1,  # frames that are needed to leave one
         inflation: str = "repeat",  # of image weights along time: "repeat" or "divide"
     ):
         super().__init__()
@@ -114,11 +114,10 @@ INPUT = dict(mean=lambda b: BACKBONES[b].mean, std=lambda b: BACKBONES[b].std, i
 def _resnet(dense, backbone, num_classes, frames, width, temporal_pooling, pool_by, inflation, dropout):
     "Build a 3D ResNet."
     if pool_by != "stride" and not temporal_pooling: raise StudyError(f"pool_by={pool_by!r} needs temporal_pooling=True")
-    check_frames(frames, least := 8 if temporal_pooling else 1)
     net = create_backbone(backbone, width, resnet_layers(dense, 2 if temporal_pooling and pool_by == "stride" else 1))
     if temporal_pooling and pool_by == "max_pool":
         for slot in net.slots["pool"]: fill(net, slot, nn.MaxPool3d((3, 1, 1), (2, 1, 1), (1, 0, 0)))
-    return Inflated(net, num_classes, dropout, least, inflation)
+    return Inflated(net, num_classes, dropout, inflation=inflation)
 
 # %% ../../nbs/models/inflated.ipynb #0208a6d0
 @register("i3d", RESNETS, SOURCE, **INPUT)
@@ -152,7 +151,7 @@ def i3d_inception(backbone, *, num_classes, frames, width,
     dropout: float = 0.5,  # on the features of each time step
 ):
     "Build I3D on InceptionV1."
-    check_frames(frames, least := 8 if temporal_pooling else 2 if last_pool == 2 else 1)
+    check_frames(frames, least := 1 if last_pool == 3 else 5 if temporal_pooling else 2)
     layers = inception_layers(True, 2 if temporal_pooling else 1, stem_frames, last_pool)
     return Inflated(create_backbone(backbone, width, layers), num_classes, dropout, least, inflation)
 
@@ -165,6 +164,6 @@ def s3d_inception(backbone, *, num_classes, frames, width,
     dropout: float = 0.5,  # on the features of each time step
 ):
     "Build S3D on InceptionV1."
-    check_frames(frames, least := 8 if temporal_pooling else 2)
+    check_frames(frames, least := 5 if temporal_pooling else 2)
     layers = inception_layers(False, 2 if temporal_pooling else 1, 3, 2, definition == "xie")
     return Inflated(create_backbone(backbone, width, layers), num_classes, dropout, least, inflation)

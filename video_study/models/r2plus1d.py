@@ -12,9 +12,9 @@ from functools import partial
 from typing import Literal
 import torch.nn.functional as F
 from torch import nn
-from ..core import StudyError, unknown
+from ..core import unknown
 from .backbones import scaled
-from .conv3d import check_frames, conv3d
+from .conv3d import conv3d
 from .registry import check_clip, register
 
 # %% ../../nbs/models/r2plus1d.ipynb #d8923a33
@@ -119,8 +119,7 @@ class VideoResNet(nn.Module):
     ):
         super().__init__()
         norm, (first, *rest) = partial(nn.BatchNorm3d, eps=bn_eps), kinds(system)
-        self.channels, self.clip, self.least = channels, frames if first == "clip" else None, 2 ** sum(kind != "2d" for kind in rest[1:])
-        check_frames(frames, self.least)
+        self.channels, self.clip = channels, frames if first == "clip" else None
         sizes = [scaled(c, width) for c in (64, 64, 128, 256, 512)]
         self.stem = stem(first, channels, sizes[0], scaled(stem_filters, width), frames, norm)
         for i in range(4):
@@ -131,7 +130,6 @@ class VideoResNet(nn.Module):
 
     def features(self, x):
         check_clip(x, self.clip or x.shape[2], 16, self.channels)
-        check_frames(x.shape[2], self.least)
         return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
 
     def forward(self, x): return self.fc(self.features(x).mean((2, 3, 4)))

@@ -118,9 +118,7 @@ def shared_loader(
     whole = len(videos) >= size
     if world() == 1: return clips.loader(videos, size, epoch, seed, workers, start, drop_last=whole, pin=pin)
     parts = [share(rows, rank(), world()) for rows in clips.batches(len(videos), size, epoch, seed, whole)[start:]]
-    if workers and parts and not videos.store: return clips._from_workers(clips._Epoch(videos, epoch, parts), workers, pin)
-    made = (clips.make_batch(videos, epoch, rows) for rows in parts)
-    return (clips.Batch(*(t.pin_memory() for t in b)) for b in made) if pin else made
+    return clips.load(videos, epoch, parts, workers, pin)
 
 # %% ../../nbs/training/distributed.ipynb #71d1b364
 class Reducer:

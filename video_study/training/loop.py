@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 import torch
-from ..core import StudyError, commit, environment, show_path, write_json
+from ..core import StudyError, commit, environment, show_path, unknown, write_json
 from ..data.catalog import dataset
 from . import state
-from .distributed import any_of, check_share, join, lead, rank, shared_loader, world
+from .detection import PeoplePass, check_detection, counted_classes, detection_metrics, has_people, score_detection, threshold
+from .distributed import check_share, join, lead, rank, shared_loader, world
 from .evaluate import PROTOCOLS
 from .experiment import Experiment, cost_of, coverage_of, evaluation_split, resolve
 from .metrics import metrics
@@ -26,6 +27,7 @@ from .reporting import StepLog, shown_progress, tensorboard
 from .scores import score_run, several_classes
 from .setup import check_memory, make_clips, make_trainer, memory_of, own_device, torch_settings
 from .state import Result
+from .transfer import start_file
 from .trainer import Diverged, Preempted, Trainer, number_format, restore_trainer, train, trainer_state
 
 # %% ../../nbs/training/loop.ipynb #348b23b2
@@ -38,6 +40,7 @@ class Options:
     compile: str | None = None  # backend of torch.compile
     log_steps: int = 0  # updates between lines of steps.jsonl
     tensorboard: bool = False  # also write curves for TensorBoard
+    augment: str = "workers"  # where clips are cropped, scaled and mirrored: see `fit`
 
 # %% ../../nbs/training/loop.ipynb #3ae7120f
 def save_run(
@@ -100,7 +103,7 @@ def ripen(
     if trainer.ema: trainer.model.load_state_dict(trainer.ema, strict=False)
     if not exp.recipe.calibrate: return
     batches = islice(shared_loader(videos, exp.recipe.batch_size, exp.recipe.epochs, exp.seed, workers), exp.recipe.calibrate)
-    calibrate_norms(trainer.model, (trainer.prepare(b.clips) for b in batches))
+    calibrate_norms(getattr(trainer.model, "backbone", trainer.model), (trainer.prepare(b.clips) for b in batches))
     if trainer.reducer: trainer.reducer.average_buffers()
 
 # %% ../../nbs/training/loop.ipynb #efe7f541
@@ -114,8 +117,9 @@ def finish(
 ) -> Result:
     "Evaluate, and write what a finished run leaves."
     start = time.monotonic()
-    ripen(trainer, exp, make_clips(exp, manifest, "train", train=True), how.workers)
-    arrays = score_run(trainer, exp, manifest, how.workers, step)
+    ripen(trainer, exp, make_clips(exp, manifest, "train", train=True, device=trainer.cut), how.workers)
+    if has_people(manifest): arrays = score_detection(trainer, exp, manifest, evaluation_split(manifest), how.workers, step)
+    else: arrays = score_run(trainer, exp, manifest, how.workers, step)
     return lead(lambda: write_run(trainer, exp, manifest, folder, arrays, time.monotonic() - start, how))
 
 # %% ../../nbs/training/loop.ipynb #548d0242
@@ -129,12 +133,13 @@ def write_run(
     how: Options,
 ) -> Result:
     "Write scores, weights and result."
-    measured = {name: metrics(arrays[name], arrays["labels"]) for name in exp.evaluation}
+    judge = (lambda name: detection_metrics(arrays, name, counted_classes(manifest))) if has_people(manifest) else lambda name: metrics(arrays[name], arrays["labels"])
+    measured = {name: judge(name) for name in exp.evaluation}
     state.save(folder / "weights.pt", dict(format=state.FORMAT, key=exp.key, experiment=exp.to_dict(), state_dict=trainer.model.state_dict()))
     state.save_scores(folder, arrays)
     seconds += sum(h["seconds"] for h in trainer.history)
     result = Result(exp.key, exp, measured, coverage_of(manifest), vars(cost_of(exp)), environment(), commit(), exp.manifest_hash, round(seconds, 1), folder)
-    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile,
+    state.write_result(result, device=str(trainer.device), threads=torch.get_num_threads(), split=evaluation_split(manifest), processes=world(), compile=how.compile, loaded=str(getattr(trainer.model, "loaded", None) or ""),
                        effective=effective(exp.recipe, len(manifest.split("train")), world()))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
@@ -173,8 +178,9 @@ def run(
     "Do what is left of a run."
     lead(lambda: state.claim(folder, exp))
     manifest = dataset(exp.data)
-    videos, trainer = make_clips(exp, manifest, "train", train=True), make_trainer(exp, len(manifest.classes), device, how.compile)
-    if several_classes(manifest): trainer.targets = videos.manifest.targets
+    cut = device if how.augment == "device" else None
+    videos, trainer = make_clips(exp, manifest, "train", train=True, device=cut), make_trainer(exp, len(manifest.classes), device, how.compile, manifest.card.task, cut)
+    if has_people(manifest): trainer.alongside = PeoplePass(videos, threshold(manifest))
     saved = lead(lambda: state.load(folder / "checkpoint.pt", exp.key) if (folder / "checkpoint.pt").exists() else None)
     if saved: restore_trainer(trainer, saved)
     with shown_progress(exp, work_left(trainer, exp, manifest), progress) as step:
@@ -188,7 +194,9 @@ def check_run(
 ):
     "Refuse what cannot work here."
     number_format(exp.recipe, device)
+    start_file(exp)
     manifest = dataset(exp.data)
+    if has_people(manifest): check_detection(exp, manifest)
     check_share(exp.recipe.batch_size, len(manifest.split("train")), world(), exp.recipe.bn_clips)
     check_memory(exp, cost_of(exp).params, memory_of(device), world() if device.type == "cuda" else 1)
     if several_classes(manifest) and exp.recipe.loss != "sigmoid": raise StudyError(f"videos of {manifest.name!r} have several classes, which the loss {exp.recipe.loss!r} cannot learn; use loss=\"sigmoid\"")
@@ -206,12 +214,14 @@ def fit(
     compile=False,  # True: torch.compile the full network; or the name of a backend
     log_steps: int = 0,  # write a line of steps.jsonl every so many updates
     tensorboard: bool = False,  # write curves for TensorBoard
+    augment: str = "workers",  # where clips are cropped, scaled and mirrored: by the "workers" that read them, or, from whole frames, on the "device" of the model
 ) -> Result:
     "Run an experiment to its end, or return the result it already has."
+    if augment not in ("workers", "device"): raise unknown("place of augmentation", augment, ("workers", "device"))
     join()
     exp, device = resolve(exp), own_device(device)
     check_run(exp, device)
-    how = Options(workers, every, stop, "inductor" if compile is True else compile or None, log_steps, tensorboard)
+    how = Options(workers, every, stop, "inductor" if compile is True else compile or None, log_steps, tensorboard, augment)
     folder = Path(folder) if folder is not None else state.run_folder(exp.key)
     def finished():
         if not (folder / "result.json").exists(): return None

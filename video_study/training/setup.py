@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import torch
 from ..core import StudyError, derive_seed
 from ..data.clips import ClipDataset, to_input
-from ..models.registry import create_model
+from ..models.detection import Detector
 from .distributed import local_rank, gpu_of, world
 from .experiment import Experiment
 from .mutual import alongside
 from .norms import set_norms
+from .transfer import start_model
 from .trainer import Trainer, channels_last, pick_device, set_drop_connect, set_dropout
 
 # %% ../../nbs/training/setup.ipynb #bef04598
@@ -24,15 +25,18 @@ def make_trainer(
     num_classes: int,
     device: torch.device,
     compile: str | None = None,  # backend of torch.compile; None: not
+    task: str = "single",  # of the dataset's card; "boxes": what each of some people does
+    cut: torch.device | None = None,  # where clips are cut out of whole frames; None: where videos are read
 ) -> Trainer:
     "Make the model of an experiment, ready to train."
     torch.manual_seed(derive_seed(exp.seed, "init"))
-    model, recipe = create_model(exp.model, num_classes=num_classes, frames=exp.frames, weights=exp.weights, **dict(exp.model_options)), exp.recipe
+    model, recipe = start_model(exp, num_classes), exp.recipe
+    if task == "boxes": model = Detector(model, num_classes)
     set_dropout(model, recipe.dropout); set_drop_connect(model, recipe.drop_connect)
     mean, std = model.spec.mean, model.spec.std
     prepare = lambda clips: to_input(clips.to(device, non_blocking=True), mean, std)
     model = set_norms(channels_last(model).to(device), recipe.bn_clips, recipe.batch_size // world())
-    return Trainer(model, recipe, prepare, exp.seed, device, compile=compile, alongside=alongside(model, recipe, exp.image_size))
+    return Trainer(model, recipe, prepare, exp.seed, device, compile=compile, alongside=alongside(model, recipe, exp.image_size), cut=cut)
 
 # %% ../../nbs/training/setup.ipynb #7943ddd8
 def make_clips(

@@ -100,9 +100,9 @@ class Trainer:
     totals: dict = field(default_factory=dict)  # of this epoch so far: loss, correct, clips, seconds
     history: list = field(default_factory=list)  # one dict an epoch
     pending: tuple | None = None  # an update whose loss was not looked at yet: its number, sums, clips, videos
-    targets: object = None  # for videos with several classes: numbers of videos -> (B, classes) of 0 and 1
+    cut: object = None  # device where clips are cut out of whole frames; None: where videos are read
     compile: str | None = None  # backend of torch.compile for the full network; None: as it is
-    alongside: object = None  # mutual training: trains sub-networks after the full network's pass
+    alongside: object = None  # takes the place of the pass over a batch: mutual training, people in key frames
 
     def __post_init__(self):
         self.optimizer, self.dtype = make_optimizer(self.model, self.recipe), number_format(self.recipe, self.device)
@@ -152,12 +152,12 @@ def autocast(trainer: Trainer): return nullcontext() if trainer.dtype is None el
 def classification(
     trainer: Trainer,
     logits: torch.Tensor,  # (B, classes)
-    batch,  # with .labels (B,) and .index (B,)
+    batch,  # with .labels (B,), or (B, classes) of 0 and 1 where a video may have several classes
 ) -> tuple:  # loss, number of right answers
     "Compare logits with the truth."
     labels, best = batch.labels.to(trainer.device, non_blocking=True), logits.detach().argmax(1)
     if trainer.recipe.loss == "cross_entropy": return F.cross_entropy(logits, labels, label_smoothing=trainer.recipe.label_smoothing), (best == labels).sum()
-    truth = F.one_hot(labels, logits.shape[1]).float() if trainer.targets is None else torch.as_tensor(trainer.targets(batch.index)).to(trainer.device)
+    truth = F.one_hot(labels, logits.shape[1]).float() if labels.ndim == 1 else labels
     return F.binary_cross_entropy_with_logits(logits, truth), truth.gather(1, best[:, None]).sum()
 
 # %% ../../nbs/training/trainer.ipynb #1aff1621
