@@ -20,7 +20,7 @@ from .packs import write_pack
 from .sampling import clip_indices
 from .transforms import apply_box, center
 
-# %% ../../nbs/data/benchmark.ipynb #eac01a3e
+# %% ../../nbs/data/benchmark.ipynb #64f810d1
 def film(
     seed: int,
     frames: int,
@@ -28,12 +28,15 @@ def film(
     width: int,
 ) -> np.ndarray:  # (frames, height, width, 3) uint8
     "Draw a drifting view of a noisy ground with something moving on it."
-    g = rng(seed, "film")
-    ground = np.kron(g.random((height // 16 + 8, width // 16 + 8, 3)), np.ones((16, 16, 1))) * 160 + g.normal(0, 10, ((height // 16 + 8) * 16, (width // 16 + 8) * 16, 3))
-    ground, out = ground.clip(0, 255).astype(np.uint8), np.empty((frames, height, width, 3), np.uint8)
+    from PIL import Image
+    g, (h, w) = rng(seed, "film"), (height // 8 + 16, width // 8 + 16)
+    ground = np.asarray(Image.fromarray(g.integers(0, 200, (h, w, 3), np.uint8)).resize((8 * w, 8 * h), Image.BICUBIC), np.int16)
+    grain = g.normal(0, 2, (height + 16, width + 16, 1)).astype(np.int16)
+    out = np.empty((frames, height, width, 3), np.uint8)
     for t in range(frames):
-        y, x = (int(48 + 40 * np.sin(t / p)) for p in (37, 23))
-        out[t] = ground[y:y + height, x:x + width]
+        y, x = (int(60 + 50 * np.sin(t / p)) for p in (37, 23))
+        j, k = g.integers(0, 16, 2)  # the grain of a camera is another one in every frame
+        out[t] = (ground[y:y + height, x:x + width] + grain[j:j + height, k:k + width]).clip(0, 255)
         a, b = (int(s * (0.4 + 0.35 * np.sin(t / p))) for s, p in ((height, 11), (width, 17)))
         out[t, a:a + height // 4, b:b + width // 4] = 255 - out[t, a:a + height // 4, b:b + width // 4] // 2
     return out
@@ -152,12 +155,13 @@ def pytorchvideo_dataset(src: Sources, job: Job, size: int, fps=30):
     picked = frames.permute(1, 0, 2, 3)[torch.as_tensor(np.minimum(job.frames - first, frames.shape[1] - 1))].byte()
     return v2.Compose([v2.Resize(src.short_side, antialias=True), v2.CenterCrop(size)])(picked).permute(0, 2, 3, 1)
 
-# %% ../../nbs/data/benchmark.ipynb #de077a85
+# %% ../../nbs/data/benchmark.ipynb #771167dc
 _SEA = {}
 
 def copy_bytes(src: Sources, job: Job, size: int):
     "Copy the bytes of a clip within the memory."
-    have = _SEA.setdefault((len(job.frames), size), torch.randint(0, 255, (8, len(job.frames), size, size, 3), dtype=torch.uint8))
+    if (len(job.frames), size) not in _SEA: _SEA[len(job.frames), size] = torch.randint(0, 255, (8, len(job.frames), size, size, 3), dtype=torch.uint8)
+    have = _SEA[len(job.frames), size]
     return have[job.video % len(have)].clone()
 
 WAYS = {

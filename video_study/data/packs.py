@@ -87,7 +87,8 @@ def pack_info(
 # %% ../../nbs/data/packs.ipynb #b3d654d7
 def _by_opencv(data: bytes) -> np.ndarray:  # (H, W, 3) uint8
     import cv2
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    data, straight = np.frombuffer(data, np.uint8), getattr(cv2, "IMREAD_COLOR_RGB", None)  # from version 4.10 on
+    return cv2.imdecode(data, straight) if straight else cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 def _by_pillow(data: bytes) -> np.ndarray:  # the same
     import io
