@@ -283,15 +283,16 @@ def test_the_code_that_runs_is_the_code_that_was_submitted_also_after_a_node_fai
     assert same(weights(run), weights(tmp_path / "reference"))
 
 
+@pytest.mark.timeout(600)
 def test_the_command_line_plans_and_refuses(here, cluster):
     study = [str(Path(sys.executable).with_name("study"))]
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    env = os.environ | dict(PYTHONPATH=str(ROOT), VIDEO_STUDY_DATA=str(ROOT / "outputs" / "data"))  # where the embedded videos may have been rendered already
     settings = "ablation_tam -p where slurm -p data motion -p seeds 3 -p gpus 2".split()
     before = submitted(cluster)
-    done = subprocess.run([*study, "plan", *settings, "--clips-per-second", "100"], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*study, "plan", *settings, "--clips-per-second", "100"], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "9 experiments, 0 of them done; 9 to run" in done.stdout
     assert re.search(r"about \S+ GPU-hours", done.stdout) and "3 array(s) of at most 4" in done.stdout
-    done = subprocess.run([*study, "run", *settings, "-p", "partition", "gqu"], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*study, "run", *settings, "-p", "partition", "gqu"], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 1 and "unknown partition 'gqu'; did you mean 'gpu'" in done.stderr
     assert submitted(cluster) <= before
