@@ -273,7 +273,8 @@ def test_the_code_that_runs_is_the_code_that_was_submitted_also_after_a_node_fai
     run = folders(here)[7]
     wait(lambda: epochs(run) > 1)
     node = told(cluster, job(run), "NodeList")
-    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    for state in ("drain", "down"):  # drained, or it would be given the job again at once, with the old processes still on it
+        cluster.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
     try:
         assert rows(watcher)[7]["status"] == "done"
     finally:
