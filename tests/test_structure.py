@@ -159,6 +159,19 @@ def test_study_notebooks_have_one_parameters_cell_with_help(path):
         assert re.match(r"\w+: [\w\[\], |]+ = .+  # \S", line), f"{name(path)}: {line!r} lacks type or help"
 
 
+def test_launch_parameters_are_the_same_everywhere():
+    """What says where runs are made is declared in the same words by all studies that offer a cluster."""
+    from video_study.launch.study import LAUNCH
+    said = {}
+    for path in STUDY:
+        lines = [line for c in cells(path) if "parameters" in c["metadata"].get("tags", []) for line in code_lines(c)]
+        if any(line.startswith("partition:") for line in lines):
+            for line in lines:
+                if line.partition(":")[0] in LAUNCH:
+                    said.setdefault(line.partition(":")[0], {}).setdefault(line, []).append(name(path))
+    assert {k: v for k, v in said.items() if len(v) > 1} == {}
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
 
