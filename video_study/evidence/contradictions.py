@@ -43,46 +43,68 @@ _DA = dict(paper="deep_analysis", locator="Table 3", metric="flops")
 
 def _conv(model, frames=8, **options): return giga(model, frames, 224, 87, "conv_macs", **options)
 
+# %% ../../nbs/evidence/contradictions.ipynb #9d258a8e
 _found("deep_analysis", "Table 3, NLN", "an 8-frame non-local network costs 196 G", "no counting of the network with the printed parameters comes out there",
     lambda: f"printed {printed(**_DA, model='NLN')} G; convolutions {_conv('nln_resnet50'):.1f} G, with full attention {giga('nln_resnet50', 8, 224, 87, sub_sample=False):.1f} G")
+
+# %% ../../nbs/evidence/contradictions.ipynb #ea387d11
 _found("deep_analysis", "Table 3, caption", "16 frames cost twice what 8 cost", "attention between all positions grows with the square of the frames",
     lambda: f"NLN with full attention: x{giga('nln_resnet50', 16, 224, 87, sub_sample=False) / giga('nln_resnet50', 8, 224, 87, sub_sample=False):.2f}")
+
+# %% ../../nbs/evidence/contradictions.ipynb #e11c2301
 _found("deep_analysis", "Table 3, Conv.", "a column named by that word alone, beside a text that describes S3D", "the numbers are not S3D's but those of a dense temporal convolution at TAM's places",
     lambda: f"printed {printed(**_DA, model='Conv.', backbone='ResNet50')} G; dense {_conv('tdc_resnet50'):.1f} G, S3D {_conv('s3d_resnet50'):.1f} G")
+
+# %% ../../nbs/evidence/contradictions.ipynb #ba550103
 _found("deep_analysis", "Sec. 5, I3D stem", "inflated convolutions span 3 frames", "in InceptionV1 the stem must span 7",
     lambda: f"printed {printed(**_DA, model='I3D', backbone='InceptionV1')} G; stem of 7 frames {_conv('i3d_inception_v1', last_pool=2):.1f} G, of 3 {_conv('i3d_inception_v1', last_pool=2, stem_frames=3):.1f} G")
+
+# %% ../../nbs/evidence/contradictions.ipynb #c44e548c
 _found("deep_analysis", "Sec. 5, temporal pooling", "max pooling in all networks", "3D ResNets stride in a convolution instead, as the benchmark's integers show",
     lambda: f"I3D-ResNet50: stride {_conv('i3d_resnet50', temporal_pooling=True):.2f} G, max pooling {_conv('i3d_resnet50', temporal_pooling=True, pool_by='max_pool'):.2f} G")
 
-# %% ../../nbs/evidence/contradictions.ipynb #ea387d11
+# %% ../../nbs/evidence/contradictions.ipynb #b2ccfb83
 _found("blvnet_tam", "Sec. 4.1 and Table 3", "networks see 224 pixels", "the FLOPs on Kinetics are those of 256 pixels",
     lambda: f"8x2: {giga('blvnet_tam_blresnet50', 16, 224, field='conv_macs'):.1f} G at 224, {giga('blvnet_tam_blresnet50', 16, 256, field='conv_macs'):.1f} G at 256")
+
+# %% ../../nbs/evidence/contradictions.ipynb #9b5a11a5
 _found("r2plus1d", "Table 2, MC5", "16.9 M parameters", "the network counts less, and the authors' own later list prints 16.8",
     lambda: f"printed {printed('r2plus1d', locator='Table 2', model='MC5', metric='params')} M; counted {counted(Build('mc5_18', 8, 112)).weights / 1e6:.3f} M")
+
+# %% ../../nbs/evidence/contradictions.ipynb #554b5124
 _found("r2plus1d", "Sec. 4.3", "8 frames are 7.3 times cheaper than 32", "every layer costs in proportion to the frames",
     lambda: f"printed {printed('r2plus1d', locator='Sec. 4.3 text', metric='flops_ratio')}; counted {giga('r2plus1d_18', 32, 112) / giga('r2plus1d_18', 8, 112):.2f}")
+
+# %% ../../nbs/evidence/contradictions.ipynb #569eb6d9
 _found("r2plus1d", "Sec. 4.2", "rMC2 costs more than rMC3 because it does not stride time in group 3", "by its definition it strides; the cost comes from the 3D convolutions of group 2",
     lambda: f"rMC2 {giga('rmc2_18', 8, 112):.1f} G, rMC3 {giga('rmc3_18', 8, 112):.1f} G")
+
+# %% ../../nbs/evidence/contradictions.ipynb #15c40808
 _found("r2plus1d", "Sec. 3.5 and appendix", "R(2+1)D has the parameters of R3D by the formula for M", "the stem has 45 filters, where the formula gives 83",
     lambda: " against ".join(f"{_stem(m):,}" for m in ("r2plus1d_18", "r3d_18")) + " weights of the stem")
 
+# %% ../../nbs/evidence/contradictions.ipynb #afca4677
 def _stem(name):
     "Count the weights of a stem's convolutions."
     with torch.device("meta"): return sum(p.numel() for p in create_model(name).stem.parameters() if p.ndim > 1)
 
-# %% ../../nbs/evidence/contradictions.ipynb #ba550103
+# %% ../../nbs/evidence/contradictions.ipynb #b3561da4
 _X3 = dict(paper="x3d", locator="Sec. A.3 text (expansion)", model="X3D")
 
+# %% ../../nbs/evidence/contradictions.ipynb #cf7a6aca
 _found("x3d", "Sec. A.3, X-Temporal", "1.5 times the frame rate and 1.5 times the duration are twice the frames", "they are 2.25 times; three quarters of the stride is 1.33 times the rate",
     lambda: f"stride x{printed(**_X3, variant='X-Temporal', metric='expand_gamma_tau')}: 1 / 0.75 = {1 / 0.75:.2f}, and 1.33 x 1.5 = 2")
+
+# %% ../../nbs/evidence/contradictions.ipynb #31d2a606
 _found("x3d", "Sec. A.3, X-Width", "doubling all widths doubles the cost", "it more than triples it; X3D-XL's own step is 1.45",
     lambda: f"X2D: x{macs(_wider(2)) / macs(X2D):.2f}; with 1.45, x{macs(_wider(1.45)) / macs(X2D):.2f}")
 
+# %% ../../nbs/evidence/contradictions.ipynb #cf4c1e6f
 def _wider(factor):
     from dataclasses import replace
     return replace(X2D, width=factor)
 
-# %% ../../nbs/evidence/contradictions.ipynb #5ec03074
+# %% ../../nbs/evidence/contradictions.ipynb #2e3af6ea
 def fast_share(
     laterals: bool = False,  # count the lateral convolutions with it
 ) -> float:  # of SlowFast-4x16's multiply-adds at 256 pixels
@@ -92,28 +114,42 @@ def fast_share(
     cost = {name: n * net.get_parameter(f"{name}.weight").numel() for name, n in places.items()}
     return sum(c for name, c in cost.items() if name.startswith(("fast.", "fuse.") if laterals else "fast.")) / sum(cost.values())
 
-# %% ../../nbs/evidence/contradictions.ipynb #9b5a11a5
+# %% ../../nbs/evidence/contradictions.ipynb #add0965c
 _A3 = dict(paper="a3d", model="A3D-Slow-8x8-[0.016,1]", frames=4, crop_px=224, width="1.0", metric="top1")
 
+# %% ../../nbs/evidence/contradictions.ipynb #1d830814
 _found("a3d", "Table 9 against Tables 12 and 1", "two accuracies of one configuration, 224²x4 at full width", "Table 12 gives the value of Table 9 to another configuration",
     lambda: f"printed {printed(**_A3, locator='Table 9')} and {printed(**_A3, locator='Table 12')} %")
+
+# %% ../../nbs/evidence/contradictions.ipynb #53959b41
 _found("a3d", "Table 1, label x0.5", "half of the full network's cost", "its own costs make less",
     lambda: f"{printed(**_A3 | dict(metric='flops'), locator='Table 9')} of {printed(**_A3 | dict(metric='flops', frames=8, crop_px=256), locator='Table 9')} G is x{_ratio():.2f}")
+
+# %% ../../nbs/evidence/contradictions.ipynb #0219b7eb
 _found("a3d", "Tables 1 and 8 against Table 11", "two sizes of one SlowFast", "one counts weights, as the SlowFast paper does, the other every parameter",
     lambda: "; ".join(f"{printed('a3d', locator=t, model='A3D-SlowFast-4x16-[0.06,1]', frames=4, crop_px=256, metric='params')} M in {t}" for t in ("Table 8", "Table 11")) + f"; counted {_slowfast().weights / 1e6:.2f} and {_slowfast().params / 1e6:.2f} M")
+
+# %% ../../nbs/evidence/contradictions.ipynb #b87752a3
 _found("a3d", "Sec. 3.2", "the Fast pathway costs about a tenth", "it costs a fifth of SlowFast-4x16", lambda: f"stated {printed('a3d', metric='fast_flops_fraction')} %; counted {100 * fast_share():.1f} %, with lateral convolutions {100 * fast_share(True):.1f} %")
+
+# %% ../../nbs/evidence/contradictions.ipynb #a233dc51
 _found("a3d", "Table 8, SlowFast-2x32", "a quoted baseline of 21.8 G", "that is what A3D-SlowFast costs with 2 Slow frames",
     lambda: f"SlowFast-2x32 {giga('slowfast_resnet50', 32, 256, alpha=16):.2f} G, A3D-SlowFast {counted(Build('a3d_slowfast_resnet50', 32, 256, slow=(2, 256))).macs / 1e9:.2f} G")
+
+# %% ../../nbs/evidence/contradictions.ipynb #b59213e7
 _found("a3d", "Sec. 3.3, range [0.016, 1]", "the smallest configuration costs 1/64", "only relative to the full network at 256 pixels; training has 224",
     lambda: f"counted 1/{giga('slow_resnet50', 8, 224) / _least():.0f} at 224, 1/{giga('slow_resnet50', 8, 256) / _least():.0f} at 256")
+
+# %% ../../nbs/evidence/contradictions.ipynb #c9fee2d7
 _found("a3d", "Sec. 4.2 against Table 5", "at half the cost, changing all dimensions beats changing frames alone", "the table has it the other way round, at slightly more cost",
     lambda: " against ".join(f"{printed(**_A3 | w, locator='Table 5')} %" for w in (dict(frames=6, width="0.9"), dict(crop_px=256, variant="-T"))))
 
+# %% ../../nbs/evidence/contradictions.ipynb #0f2b6206
 def _ratio(): return giga("slow_resnet50", 4, 224) / giga("slow_resnet50", 8, 256)
 def _least(): return giga("slow_resnet50", 2, 128, width=0.5)
 def _slowfast(): return counted(Build("slowfast_resnet50", 32, 256, options=(("alpha", 8),)))
 
-# %% ../../nbs/evidence/contradictions.ipynb #569eb6d9
+# %% ../../nbs/evidence/contradictions.ipynb #4a7e44e7
 def contradictions(
     papers=tuple(PAPERS),  # names from `PAPERS`
 ) -> pd.DataFrame:  # paper, place, says, but, numbers

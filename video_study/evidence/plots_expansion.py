@@ -29,7 +29,7 @@ def _path(ax, table):
     ax.plot(start["macs"], start["mean"], "o", color="0.2", ms=9, zorder=4)
     ax.annotate("X2D", (start["macs"], start["mean"]), (0, -16), textcoords="offset points", ha="center")
     for row in kept.iloc[1:].itertuples():
-        ax.annotate(f"{row.step}: {AXES[row.axis][0]}", (row.macs, row.mean), (0, 10), textcoords="offset points", ha="center", va="bottom", fontweight="bold", fontsize=10.5, color=AXES[row.axis][1])
+        ax.annotate(f"{row.step}: {AXES[row.axis][0]}", (row.macs, row.mean), (-10, 6), textcoords="offset points", ha="right", va="bottom", fontweight="bold", fontsize=10.5, color=AXES[row.axis][1])
 
 # %% ../../nbs/evidence/plots_expansion.ipynb #50d6bbac
 def plot_expansion(
@@ -39,22 +39,23 @@ def plot_expansion(
 ):  # Figure
     "Draw accuracy against cost along an expansion, and what regularisation did."
     with look() as plt:
-        fig, axes = plt.subplots(1, 1 if pairs is None else 2, figsize=(12, 5.2), layout="constrained", squeeze=False, width_ratios=None if pairs is None else (2.6, 1))
+        fig, axes = plt.subplots(1, 1 if pairs is None else 2, figsize=(14, 5.4), layout="constrained", squeeze=False, width_ratios=None if pairs is None else (2.2, 1))
         _candidates(axes[0, 0], table); _path(axes[0, 0], table)
         for axis in dict.fromkeys(table.loc[table["step"] > 0, "axis"]): axes[0, 0].plot([], [], AXES[axis][2], color=AXES[axis][1], label=AXES[axis][0])
         if ceiling: axes[0, 0].axhline(ceiling, color="0.5", ls="--", lw=1.2, zorder=1, label="blind to the order of frames")
         axes[0, 0].set(xscale="log", xlabel="multiply-adds of a clip (M)", ylabel="top-1 accuracy (%)", title="Candidates of every step")
         axes[0, 0].xaxis.set_major_formatter(lambda v, _: f"{v / 1e6:g}"); axes[0, 0].xaxis.set_minor_formatter(lambda v, _: f"{v / 1e6:g}")
-        axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left", ncols=2)
+        axes[0, 0].set_ylim(top=table["high"].max() + 0.3 * (table["high"].max() - table["low"].min()))  # room for the legend
+        axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left", ncols=4)
         if pairs is not None: _pairs(axes[0, 1], pairs)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/evidence/plots_expansion.ipynb #9fbc79a4
 def _pairs(ax, pairs):
-    "Draw two ways of training one network side by side."
+    "Draw two ways of training each of some networks, one above the other."
     for i, row in enumerate(pairs.itertuples()):
-        x = i + 0.6 * (i // 2)
-        ax.errorbar(x, row.mean, [[row.mean - row.low], [row.high - row.mean]], color="0.3", capsize=4, fmt="o", ms=8, mfc="0.3" if i % 2 else "white")
-    ax.set_xticks([i + 0.6 * (i // 2) for i in range(len(pairs))], pairs["side"], rotation=0, fontsize=10)
-    ax.set(title="More or less regularisation", xlim=(-0.6, len(pairs) + 0.2))
+        ax.errorbar(row.mean, -i - 0.6 * (i // 2), xerr=[[row.mean - row.low], [row.high - row.mean]], color="0.3", capsize=4, fmt="o", ms=8, mfc="0.3" if i % 2 else "white")
+    ax.set_yticks([-i - 0.6 * (i // 2) for i in range(len(pairs))], pairs["side"], fontsize=10)
+    ax.grid(axis="y", visible=False); ax.grid(axis="x")
+    ax.set(title="More or less regularisation", xlabel="top-1 accuracy (%)", ylim=(-len(pairs) - 0.2, 0.6))
