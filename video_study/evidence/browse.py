@@ -38,7 +38,7 @@ def plot_ledger(
         for ax, kind in zip(axes, KINDS):
             _bars(ax, counts, kind)
             ax.set_title(f"{kind}: {QUESTIONS[kind]}", fontsize=11.5, pad=34)
-            ax.set_xlabel("claims"); ax.grid(axis="y", visible=False); ax.grid(axis="x", visible=True)
+            ax.set_xlabel("claims"); ax.set_xlim(0, 50); ax.grid(axis="y", visible=False); ax.grid(axis="x", visible=True)
             ax.legend(frameon=False, fontsize=10, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0), columnspacing=0.9, handlelength=1, handletextpad=0.4)
         return fig
 
