@@ -112,7 +112,7 @@ def _panel(ax, group, runs, title, says, ceiling):
     if runs is None: _theirs(ax, group, _slots(systems, frames))
     else:
         _ours(ax, group, runs, _slots(systems, frames))
-        seeds = group["seeds"].min()
+        seeds = int(group["seeds"].min())
         counts += f", {seeds} seed{'s' * (seeds != 1)}, {group['videos'].min()} videos"
     _axis(ax, systems, frames, title, f"{says}\n{counts}" if says else counts)
     if ceiling is not None: _ceiling(ax, ceiling)
