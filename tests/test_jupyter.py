@@ -40,7 +40,7 @@ def project(tmp_path_factory):
     """The notebooks without their outputs and with small settings, in a project of their own, so that everything on the page was made there."""
     home = tmp_path_factory.mktemp("jupyter")
     shutil.copy(ROOT / "settings.ini", home)
-    for name in ("data_manifests", "outputs/figures", "nbs"):
+    for name in ("data_manifests", "outputs/evidence", "outputs/figures", "nbs"):
         shutil.copytree(ROOT / name, home / name)
     for extension, setting in {
         "notebook-extension/tracker": '{"windowingMode": "none"}',  # keep cells on the page that are out of sight

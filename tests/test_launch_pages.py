@@ -1,5 +1,11 @@
 """README.md and the static pages: what the notebooks say, with links that lead somewhere and nothing from the network."""
+import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -62,3 +68,26 @@ def test_pages_are_complete_and_need_no_network(tmp_path):
             assert source.with_suffix(".ipynb").exists() if target.endswith(".html") else source.exists(), (str(page), target)
         shown = soup.select_one("main").get_text()
         assert "default_exp" not in shown and not re.search(r"\$[^$\n]*\\[a-z]+[^$\n]*\$", shown), "a formula was left as TeX"
+
+
+@pytest.mark.browser
+def test_the_front_page_shows_a_ledger_to_filter_without_a_network(tmp_path):
+    chromium = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine; on Debian or Ubuntu: apt-get install chromium")
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make dev` installs it")
+    front = make_docs(tmp_path / "docs", [p for p in pages() if p.as_posix() == "index.ipynb"])
+    words = [sys.executable, str(ROOT / "tests" / "docs_page.py"), chromium, str(front), str(tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("the browser hangs")
+    assert process.returncode == 0, err[-2000:]
+    page = json.loads(out)
+    assert page["asked"] == [] and page["errors"] == []
+    assert len(page["all"]) == 212 and page["told"] == "212 of 212 claims"
+    assert page["against"] and all(c.startswith("BL-") for c in page["against"]) and "BL-27" in page["against"]
+    assert "What decides" in page["opened"] and "S3D" in page["opened"]
+    assert page["searched"] == ["BL-08"]

@@ -16,6 +16,7 @@ from .summary import KINDS, SHORT, SHOWN, tally
 COLOURS = {"supports": "#0072B2", "holds": "#0072B2", "contradicts": "#D55E00", "does not hold": "#D55E00", "inconclusive": "#E8B73A", "untested": "#DADADA", "not printed": "#DADADA"}
 QUESTIONS = dict(printed="Do the paper's own numbers say so?", rebuilt="Do our counts and timings?", measured="Do our runs?")
 
+# %% ../../nbs/evidence/browse.ipynb #02d6e917
 def _bars(ax, counts, kind):
     "Draw the bars of one kind of verdict, a paper a row, with their numbers."
     papers, left = list(counts.index[::-1]), pd.Series(0, index=counts.index)
@@ -38,7 +39,7 @@ def plot_ledger(
         for ax, kind in zip(axes, KINDS):
             _bars(ax, counts, kind)
             ax.set_title(f"{kind}: {QUESTIONS[kind]}", fontsize=11.5, pad=34)
-            ax.set_xlabel("claims"); ax.grid(axis="y", visible=False); ax.grid(axis="x", visible=True)
+            ax.set_xlabel("claims"); ax.set_xlim(0, 50); ax.grid(axis="y", visible=False); ax.grid(axis="x", visible=True)
             ax.legend(frameon=False, fontsize=10, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0), columnspacing=0.9, handlelength=1, handletextpad=0.4)
         return fig
 
@@ -53,6 +54,7 @@ STYLE = """
 #ledger .v.good { background: #0072B2; color: white; } #ledger .v.bad { background: #D55E00; color: white; } #ledger .v.open { background: #E8B73A; } #ledger .v.none { background: none; color: #888; padding: 0; }
 """
 
+# %% ../../nbs/evidence/browse.ipynb #247e1ded
 SCRIPT = """
 (function () {
   var root = document.getElementById('ledger'), rows = root.querySelectorAll('tbody tr');
@@ -79,13 +81,14 @@ SCRIPT = """
 # %% ../../nbs/evidence/browse.ipynb #f2f7ed87
 FILTERS = dict(paper=tuple(SHORT.values()), kind=("complexity", "speed", "ordering", "trend", "absolute"), **SHOWN)
 CLASSES = {"supports": "good", "holds": "good", "contradicts": "bad", "does not hold": "bad", "inconclusive": "open"}
-
 def _verdict(v): return f'<span class="v {CLASSES.get(v, "" if v == "untested" else "none")}">{escape(v)}</span>'
 
+# %% ../../nbs/evidence/browse.ipynb #0a0e9518
 def _select(name, values):
     options = "".join(f"<option>{escape(v)}</option>" for v in values)
     return f'<select name="{name}" aria-label="{name}"><option value="">{name}: all</option>{options}</select>'
 
+# %% ../../nbs/evidence/browse.ipynb #dad409dd
 def _results(r):
     "Link the notebooks that judged a claim and their tables."
     table = lambda n: "ledger_statements" if n == "claims" else f"{n}_verdicts"  # printed and counted numbers are judged in the ledger's own notebook

@@ -56,6 +56,7 @@ def _small(model, frames):
         if isinstance(m, nn.modules.batchnorm._BatchNorm): nn.init.uniform_(m.weight, 0.5, 1.5)
     return net
 
+# %% ../../nbs/evidence/facts.ipynb #1c63d0cd
 @fact
 @torch.no_grad()
 def moved(
@@ -101,6 +102,7 @@ def tam_minus_tsm(
 def _meta(build):
     with torch.device("meta"): return create_model(build.model, num_classes=build.classes, frames=build.frames, **dict(build.options)).eval()
 
+# %% ../../nbs/evidence/facts.ipynb #77b8ba2c
 @fact
 def relus(
     model: str,  # name for create_model
@@ -129,6 +131,7 @@ def last_frames(
     "Measure what is left of time before the average."
     return meta_copy(_meta(Build(model, frames, size))).features(torch.empty(1, 3, frames, size, size, device="meta")).shape[2]
 
+# %% ../../nbs/evidence/facts.ipynb #3e447446
 @fact
 @torch.no_grad()
 def stem_frames(
@@ -151,6 +154,7 @@ def factorised_weights(
     mid = mid or mid_filters(cin, cout, t, d)
     return (d * d * cin * mid + t * mid * cout) / (t * d * d * cin * cout)
 
+# %% ../../nbs/evidence/facts.ipynb #12b2ac04
 @fact
 def formula_filters(
     cin: int, cout: int, t: int = 3, d: int = 3,  # as for `factorised_weights`
@@ -179,11 +183,13 @@ def _grid():
     with torch.device("meta"): net = adaptive(create_model("slow_resnet50", num_classes=400, frames=8), min_width=0.5)
     return {r["config"]: r["macs"] for r in cost_surface(net, paper_grid())}
 
+# %% ../../nbs/evidence/facts.ipynb #97fa0f9a
 @fact
 def configurations() -> int:
     "Count the configurations that A3D-Slow is tested at."
     return len(paper_grid())
 
+# %% ../../nbs/evidence/facts.ipynb #435e4308
 @fact
 def product_rule() -> float:  # largest deviation, as a share
     "Hold the cost of every configuration against width squared times size squared times frames (A3D Sec. 3)."
@@ -201,6 +207,7 @@ def _table(locator):
     grid = {(float(r.width), int(r.frames), int(r.crop_px)): r.number for r in rows.itertuples() if int(r.crop_px) <= 224}
     return {c: (row["macs"], grid[c]) for c, row in zip(grid, cost_surface(net, [Config(*c) for c in grid]))}
 
+# %% ../../nbs/evidence/facts.ipynb #27ca2c4b
 def _beaten(grid, c, by=1e-9): return any(macs <= grid[c][0] and top1 >= grid[c][1] + by and (macs, top1) != grid[c] for macs, top1 in grid.values())
 
 # %% ../../nbs/evidence/facts.ipynb #bdd6a956
@@ -216,6 +223,7 @@ def dominated(
     if not mine: raise StudyError(f"{listed} lists no configuration of {grid}")
     return sum(_beaten(costs, c) for c in mine)
 
+# %% ../../nbs/evidence/facts.ipynb #fabf12e1
 @fact
 def widest_unbeaten(
     grid: str,  # the table with the accuracies of all configurations
@@ -225,6 +233,7 @@ def widest_unbeaten(
     most, costs = budget * counted(Build("slow_resnet50", 8, 256)).macs, _table(grid)
     return max(c[0] for c, (macs, _) in costs.items() if macs <= most and not _beaten(costs, c, by=0))
 
+# %% ../../nbs/evidence/facts.ipynb #665a5ffe
 @fact
 def a3d_macs(
     width: float,  # share of the channels
@@ -245,6 +254,7 @@ def stored(
     weights = sum(p.numel() for p in net.parameters())
     return (weights + configs * statistics) / (weights + statistics)
 
+# %% ../../nbs/evidence/facts.ipynb #0e5c7f13
 @fact
 def fast_share(
     alpha: int = 8,  # Fast frames for a Slow one; 8 for 4x16
@@ -313,6 +323,7 @@ def step(
     ratios = [expansion.macs(b) / expansion.macs(a) for a, b in zip(states, states[1:])]
     return max(ratios) if largest else min(ratios)
 
+# %% ../../nbs/evidence/facts.ipynb #7e5522e8
 @fact
 def trainings(
     size: str = "l",  # of X3D
@@ -345,6 +356,7 @@ def _number(told):
     if name not in FACTS: raise unknown("fact", name, FACTS)
     return FACTS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in where.items()})
 
+# %% ../../nbs/evidence/facts.ipynb #01c5cac2
 def number(
     where: dict,  # fact=..., speed=dict, a printed cell, or a model to be counted (as for `cost_of`)
 ) -> float:

@@ -35,6 +35,7 @@ class Registry(dict):
 # %% ../../nbs/evidence/rules.ipynb #b88eaaf3
 RULES, BASE = Registry(), Registry()  # claim id -> Rule: those of the studies, and those of the papers
 
+# %% ../../nbs/evidence/rules.ipynb #94feede7
 def declare(
     claim: str,  # id in the table of claims
     decides: str,  # a plain sentence that says what decides
@@ -43,6 +44,7 @@ def declare(
     "Register the rule of a study, before its results."
     RULES[claim] = Rule(claim, decides, **kw)
 
+# %% ../../nbs/evidence/rules.ipynb #497ba6fe
 def base(
     claim: str,  # id in the table of claims
     decides: str,  # a plain sentence that says what decides
@@ -54,20 +56,24 @@ def base(
 # %% ../../nbs/evidence/rules.ipynb #04256ba4
 NAMES = dict(tsn="TSN", tsm="TSM", tam="TAM", i3d="I3D", tdc="Conv.", nln="NLN")  # ours -> in Deep Analysis Table 3
 
+# %% ../../nbs/evidence/rules.ipynb #aab82974
 def t3(system, dataset="Mini-SSV2", frames=8, backbone="ResNet50", metric="top1"):
     "Point at a cell of Deep Analysis Table 3."
     return dict(paper="deep_analysis", locator="Table 3", model=NAMES[system], backbone=backbone, metric=metric,
                 dataset=dataset if metric == "top1" else "", frames=frames)
 
+# %% ../../nbs/evidence/rules.ipynb #8efcd614
 def t5(net, fusion):
     "Point at a cell of bLVNet-TAM Table 5."
     local = dict(TSN="local fusion=None", bLVNet="local fusion=yes")[net]
     return dict(paper="blvnet_tam", locator="Table 5", model=net, variant=f"{local}; global fusion={fusion}", metric="top1")
 
+# %% ../../nbs/evidence/rules.ipynb #35124d0c
 def run(system, role="order", **more):
     "Point at our runs of a system."
     return dict(system=system, role=role) | more
 
+# %% ../../nbs/evidence/rules.ipynb #5739d4fd
 def net(model, metric, frames=8):
     "Point at a count of a model."
     return dict(model=model, metric=metric, frames=frames, size=224, classes=87)
@@ -78,26 +84,34 @@ def _pair(cells, a, b, low=0.0, **kw):
     combos = [dict(zip(kw, v)) for v in product(*kw.values())]
     return tuple(compare(cells(a, **c), cells(b, **c), " ".join([f"{a} - {b}", *map(str, c.values())]), low=low) for c in combos)
 
+# %% ../../nbs/evidence/rules.ipynb #397dc95c
 def _steps(systems, low=0.0, **kw):
     "Compare each system with the next one down."
     return tuple(s for a, b in zip(systems, systems[1:]) for s in _pair(t3, a, b, low, **kw))
 
+# %% ../../nbs/evidence/rules.ipynb #3b686a81
 def _gain(system, cells=run, fewest="fewest", most="most"):
     "Two terms: what the larger number of frames adds to a system."
     return (1, cells(system, frames=most)), (-1, cells(system, frames=fewest))
 
+# %% ../../nbs/evidence/rules.ipynb #eaa8f82f
 def _minus(terms): return tuple((-c, w) for c, w in terms)
 
 # %% ../../nbs/evidence/rules.ipynb #fadb8bab
 ALL, ABLATION = ["tam", "tsm", "i3d", "tdc", "nln"], "study run ablation_tam -p models tsn,tsm,tam,i3d,tdc,nln -p seeds 5"
 
+# %% ../../nbs/evidence/rules.ipynb #fe166d3f
 declare("DA-23", "Each step of the ranking is above 0 (printed: at both frame counts; measured: at each frame count that was run, where order decides).",
     printed=_steps(["tam", "tsm", "i3d", "tdc", "nln", "tsn"], frames=(8, 16)),
     measured=(Ranking(("tam", "tsm", "i3d", "tdc", "nln", "tsn"), dict(role="order")),), command=ABLATION)
+
+# %% ../../nbs/evidence/rules.ipynb #1e30ad53
 declare("DA-24", "Each step of the ranking is above 0 on InceptionV1 (printed: at both frame counts).",
     printed=_steps(["tam", "tdc", "i3d", "tsn"], frames=(8, 16), backbone=("InceptionV1",)),
     measured=(Ranking(("tam", "tdc", "i3d", "tsn"), dict(role="order", backbone="inception_v1")),),
     command="study run ablation_tam -p backbone inception_v1 -p models tsn,tam,i3d,tdc -p seeds 5")
+
+# %% ../../nbs/evidence/rules.ipynb #25abf6c9
 declare("DA-25", "TAM is not below any other (a tie within half a unit of print counts), and all but the dense convolution are above TSN at 8 frames; measured where "
                   "appearance decides.",
     printed=tuple(s for m in ("tsm", "nln", "i3d", "tsn", "tdc") for s in _pair(t3, "tam", m, -0.05, dataset=("Mini-Kinetics",), frames=(8, 16)))
@@ -109,23 +123,31 @@ declare("DA-25", "TAM is not below any other (a tie within half a unit of print 
 declare("DA-28", "Every aggregation is at least 19 points above TSN where order decides (printed: and at most 33.5).",
     printed=tuple(Statement(f"{m} - tsn {f}", ((1, t3(m, frames=f)), (-1, t3("tsn", frames=f))), 19, 33.5) for m in ALL for f in (8, 16)),
     measured=tuple(compare(run(m), run("tsn"), f"{m} - tsn > 19 points", low=19) for m in ALL), command=ABLATION)
+
+# %% ../../nbs/evidence/rules.ipynb #a3cd2e7c
 declare("DA-29", "Where appearance decides, TAM is less than 5 points above TSN, and the gap is smaller than where order decides.",
     printed=tuple(Statement(f"tam - tsn {f}", ((1, t3("tam", "Mini-Kinetics", f)), (-1, t3("tsn", "Mini-Kinetics", f))), high=5) for f in (8, 16)),
     measured=(Statement("tam - tsn < 5 points where appearance decides", ((1, run("tam", "appearance")), (-1, run("tsn", "appearance"))), high=5),
               Statement("the gap is larger where order decides",
                         ((1, run("tam")), (-1, run("tsn")), (-1, run("tam", "appearance")), (1, run("tsn", "appearance"))), low=0)),
     command="study run ablation_tam -p seeds 5")
+
+# %% ../../nbs/evidence/rules.ipynb #627cef5e
 declare("DA-30", "Where order decides, going from the fewest to the most frames adds more to each system with temporal modules than to TSN (printed: from "
                   "8 to 16 frames).",
     printed=tuple(Statement(f"what 16 frames add: {m} - tsn", _gain(m, t3, 8, 16) + _minus(_gain("tsn", t3, 8, 16)), low=0) for m in ALL),
     measured=tuple(Statement(f"what more frames add: {m} > tsn", _gain(m) + _minus(_gain("tsn")), low=0) for m in ALL),
     command="study run ablation_tam -p frames 8; study run ablation_tam -p frames 16")
+
+# %% ../../nbs/evidence/rules.ipynb #872620b5
 declare("DA-32", "The dense convolution is below TAM wherever it was measured (printed: in all cells but InceptionV1 on Mini-Kinetics at 16 frames).",
     printed=_pair(t3, "tam", "tdc", dataset=("Mini-SSV2", "Mini-Kinetics"), frames=(8, 16)) + _pair(t3, "tam", "tdc", backbone=("InceptionV1",), frames=(8, 16))
         + _pair(t3, "tam", "tdc", dataset=("Mini-Kinetics",), backbone=("InceptionV1",)),
     measured=(compare(run("tam"), run("tdc"), "tam > tdc where order decides"),
               compare(run("tam", "appearance"), run("tdc", "appearance"), "tam > tdc where appearance decides")),
     command="study run ablation_tam -p models tam,tdc -p seeds 5")
+
+# %% ../../nbs/evidence/rules.ipynb #e747890e
 declare("DA-34", "Non-local blocks are more than 5 points below TAM and TSM where order decides, and less than 5 below TAM where appearance decides.",
     printed=tuple(s for m in ("tam", "tsm") for s in _pair(t3, m, "nln", 5, frames=(8, 16)))
         + (Statement("tam - nln on Mini-Kinetics", ((1, t3("tam", "Mini-Kinetics")), (-1, t3("nln", "Mini-Kinetics"))), high=5),),
@@ -136,24 +158,35 @@ declare("DA-34", "Non-local blocks are more than 5 points below TAM and TSM wher
 # %% ../../nbs/evidence/rules.ipynb #ddf48abf
 FUSION = "study run ablation_tam -p seeds 5; study run ablation_tam -p backbone blresnet50 -p models tsn,blvnet,blvnet_tsm,blvnet_tam -p image_size 64 -p seeds 5"
 
+# %% ../../nbs/evidence/rules.ipynb #9945a741
 declare("BL-17", "TAM is above TSM with TSN's network and with bLVNet's (printed: by more than 2 points).",
     printed=tuple(compare(t5(n, "TAM"), t5(n, "TSM"), f"TAM - TSM > 2 under {n}", low=2) for n in ("TSN", "bLVNet")),
     measured=(compare(run("tam"), run("tsm"), "tam > tsm"), compare(run("blvnet_tam"), run("blvnet_tsm"), "blvnet_tam > blvnet_tsm")), command=FUSION)
+
+# %% ../../nbs/evidence/rules.ipynb #6afa43dd
 declare("BL-18", "Local fusion alone is above TSN (printed: 1.8 to 2 times as accurate).",
     printed=(Statement("bLVNet / TSN in [1.8, 2]", ((1, t5("bLVNet", "None")), (1, t5("TSN", "None"))), 1.8, 2.0, ratio=True),),
     measured=(compare(run("blvnet"), run("tsn"), "blvnet > tsn"),), command=FUSION)
+
+# %% ../../nbs/evidence/rules.ipynb #00b771cf
 declare("BL-19", "TAM adds to bLVNet and to TSN (printed: 12.5 to 13.5 points in both cases, as the text says).",
     printed=tuple(compare(t5(n, "TAM"), t5(n, "None"), f"TAM adds about 13 to {n}", low=12.5, high=13.5) for n in ("bLVNet", "TSN")),
     measured=(compare(run("blvnet_tam"), run("blvnet"), "blvnet_tam > blvnet"), compare(run("tam"), run("tsn"), "tam > tsn")), command=FUSION,
     note="Table 5 has 12.8 points for bLVNet and 28.7 for TSN; the text lets TAM add about 13 in both cases.")
+
+# %% ../../nbs/evidence/rules.ipynb #8787d6ab
 declare("BL-20", "Both fusions together are above either alone.",
     printed=(compare(t5("bLVNet", "TAM"), t5("TSN", "TAM"), "both > TAM alone"),
              compare(t5("bLVNet", "TAM"), t5("bLVNet", "None"), "both > local fusion alone")),
     measured=(compare(run("blvnet_tam"), run("tam"), "blvnet_tam > tam"), compare(run("blvnet_tam"), run("blvnet"), "blvnet_tam > blvnet")),
     command=FUSION)
+
+# %% ../../nbs/evidence/rules.ipynb #4ec2bd70
 declare("BL-21", "With TSM or TAM, bLVNet is not below TSN by more than 2 points (printed: not below at all).",
     printed=tuple(compare(t5("bLVNet", m), t5("TSN", m), f"bLVNet >= TSN with {m}", low=-0.05) for m in ("TSM", "TAM")),
     measured=tuple(compare(run(f"blvnet_{m}"), run(m), f"blvnet_{m} - {m} > -2 points", low=-2) for m in ("tsm", "tam")), command=FUSION)
+
+# %% ../../nbs/evidence/rules.ipynb #e52ac77a
 declare("BL-23", "TSN's accuracy with the most and with the fewest frames differs by less than 5 points where order decides. The paper shows this in a figure "
                   "without numbers.",
     measured=(Statement("|what more frames add to tsn| < 5 points", _gain("tsn"), -5, 5),),
@@ -165,14 +198,19 @@ def _ratio(a, b, metric, low=-float("inf"), high=float("inf"), backbone="resnet5
     says = f"{a} / {b}, {metric}, {backbone}"
     return Statement(says, ((1, net(f"{a}_{backbone}", metric)), (1, net(f"{b}_{backbone}", metric))), low, high, ratio=True)
 
+# %% ../../nbs/evidence/rules.ipynb #de1a2da3
 declare("DA-17", "Multiply-adds of all layers with 16 frames over 8 frames lie in [1.995, 2.005], and parameters are equal, for every aggregation.",
     rebuilt=tuple(Statement(f"{m}: {what} with 16 over 8 frames", ((1, net(f"{m}_resnet50", what, 16)), (1, net(f"{m}_resnet50", what, 8))), *bounds, ratio=True)
         for m in ("tsn", "tsm", "tam", "i3d", "tdc", "nln") for what, bounds in (("macs", (1.995, 2.005)), ("params", (0.999999, 1.000001)))),
     note="True for all but the non-local network: attention between all pairs of positions grows with the square of the frames.")
+
+# %% ../../nbs/evidence/rules.ipynb #772ce8d6
 declare("DA-18", "TAM costs less than 1 % more than TSN, in multiply-adds and in parameters, on both backbones.",
     printed=tuple(Statement(f"tam / tsn, {metric}, {b}", tuple((1, t3(m, metric=metric, backbone=b)) for m in ("tam", "tsn")), high=1.01, ratio=True)
         for metric in ("flops", "params") for b in ("ResNet50", "InceptionV1")),
     rebuilt=tuple(_ratio("tam", "tsn", metric, high=1.01, backbone=b) for metric in ("macs", "params") for b in ("resnet50", "inception_v1")))
+
+# %% ../../nbs/evidence/rules.ipynb #b95c400d
 declare("DA-19", "TSM costs exactly what TSN costs.",
     printed=tuple(Statement(f"tsm - tsn, {metric}", ((1, t3("tsm", metric=metric)), (-1, t3("tsn", metric=metric))), -0.05, 0.05) for metric in ("flops", "params")),
     rebuilt=tuple(_ratio("tsm", "tsn", metric, 0.9999999, 1.0000001) for metric in ("macs", "params")))

@@ -17,19 +17,23 @@ from .terms import cost, fast, gap, ladder, number_in, prints, ratio, share_of
 # %% ../../nbs/evidence/rules_a3.ipynb #fed54e8f
 WIDE, NARROW, FAST = "A3D-Slow-8x8-[0.016,1]", "A3D-Slow-8x8-[0.06,1]", "A3D-SlowFast-4x16-[0.06,1]"
 
+# %% ../../nbs/evidence/rules_a3.ipynb #0233c080
 def at(table, model, frames=None, crop=None, width=None, metric="top1", **more):
     "Point at a cell of a table by configuration."
     config = dict(frames=frames, crop_px=crop, width=width)
     return dict(paper="a3d", locator=f"Table {table}", model=model, metric=metric) | {k: v for k, v in config.items() if v is not None} | more
 
+# %% ../../nbs/evidence/rules_a3.ipynb #dd22f2c7
 def text(section, metric, model=None, **more):
     "Point at a number in the text."
     return dict(paper="a3d", locator=section, metric=metric, **more) | (dict(model=model) if model else {})
 
+# %% ../../nbs/evidence/rules_a3.ipynb #b3c64130
 def listed(table):
     "List the configurations of a table in its order, full network first."
     return [(r.frames, r.crop_px, r.width) for r in cells("a3d", locator=f"Table {table}", metric="top1").itertuples()]
 
+# %% ../../nbs/evidence/rules_a3.ipynb #191ec5df
 FULL = dict(variant="x1")  # the full network in Table 1
 TRADE, MUTUAL = "study run ablation_tradeoff -p seeds 5", "study run ablation_mutual_training -p seeds 5"
 ONE_A3D, ONE_FAST = Training("kinetics", "slow_resnet50", 8, times=1.6), Training("kinetics", "a3d_slowfast_resnet50", 32, times=1.6)
@@ -39,17 +43,31 @@ HERE, THERE = dict(reason="see ablation_tradeoff", command=TRADE, full=(ONE_A3D,
 # %% ../../nbs/evidence/rules_a3.ipynb #21f9786a
 base("A3-01", "A3D-Slow at full size is above Slow-8x8 in top-1 and top-5, with both ranges.",
     printed=tuple(gap(f"{m} > Slow-8x8, {k}", at(1, m, metric=k, **FULL), at(1, "Slow-8x8-R", metric=k)) for m in (WIDE, NARROW) for k in ("top1", "top5")), **THERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #95e2f878
 base("A3-02", "A3D-SlowFast at full size is above SlowFast-4x16 in top-1 and top-5.",
     printed=tuple(gap(f"A3D-SlowFast > SlowFast, {k}", at(1, FAST, metric=k, **FULL), at(1, "SlowFast-4x16-R", metric=k)) for k in ("top1", "top5")), **THERE | dict(full=(ONE_FAST, ALONE_FAST)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #d97f9109
 base("A3-03", "A3D is not below the published networks, which saw more videos.",
     printed=tuple(gap(f"{m} - {p}", at(1, m, **FULL), at(1, p), -0.05) for m, p in ((WIDE, "Slow-8x8-P"), (NARROW, "Slow-8x8-P"), (FAST, "SlowFast-4x16-P"))),
     reason="about missing videos of Kinetics", command=MUTUAL, full=(ONE_A3D, ONE_FAST))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #fc574255
 base("A3-04", "Slow-8x8 trained at several resolutions is below Slow-8x8, in top-1 and top-5.",
     printed=tuple(gap(f"Slow-8x8 > Multi-Resolution, {k}", at(7, "Slow-8x8-R", metric=k), at(7, "Slow-8x8-Multi-Resolution", metric=k)) for k in ("top1", "top5")), **THERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #b25778c0
 base("A3-05", "No numbers isolate distillation. With divergences every configuration must be above training on labels alone.", **THERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #0a50347e
 base("A3-06", "A3D with 4 and with 2 frames is above Slow-4x16 and Slow-2x32.",
     printed=tuple(gap(f"A3D-Slow, {f} frames > {p}", at(5, WIDE, f, 256), at(5, p)) for f, p in ((4, "Slow-4x16-P"), (2, "Slow-2x32-P"))), **THERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #73aed740
 base("A3-07", "A3D-SlowFast with 2 Slow frames is above SlowFast-2x32.", printed=(gap("A3D-SlowFast, 2 frames > SlowFast-2x32", at(8, FAST, 2, 256), at(8, "SlowFast-2x32-P")),), **THERE | dict(full=(ONE_FAST, ALONE_FAST)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #4d6ed92e
 base("A3-08", "From 4 to 2 Slow frames A3D-SlowFast loses less than SlowFast.",
     printed=(Statement("loss of SlowFast - loss of A3D-SlowFast", ((1, at(8, "SlowFast-4x16-P")), (-1, at(8, "SlowFast-2x32-P")), (-1, at(8, FAST, 4, 256)), (1, at(8, FAST, 2, 256))), 0),), **THERE | dict(full=(ONE_FAST, ALONE_FAST)))
 
@@ -59,39 +77,65 @@ def traded(table, model, mixed, frames_only, says):
     return (gap(f"top-1, all - frames, {says}", at(table, model, *mixed), at(table, model, *frames_only)),
             gap(f"FLOPs, frames - all, {says}", at(table, model, *frames_only, metric="flops"), at(table, model, *mixed, metric="flops"), -0.05))
 
+# %% ../../nbs/evidence/rules_a3.ipynb #b4d0b51b
 base("A3-09", "Cut in all three dimensions A3D-Slow is above A3D-Slow cut in frames, at no more FLOPs.", printed=traded(5, WIDE, (4, 224, 0.8), (2, 256, "1.0"), "a quarter"), **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #ddb2d51b
 base("A3-10", "The same at half the cost.", printed=traded(5, WIDE, (6, 224, 0.9), (4, 256, "1.0"), "a half"), **HERE,
     note="Table 5 has 73.8 for all dimensions and 74.0 for frames alone, which costs 27.3 G instead of 25.3 G and is tested at 256 pixels. The text says that all three dimensions do better at half the cost too.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #3fa1041f
 base("A3-11", "The same for A3D-SlowFast at 0.6 of the cost.", printed=traded(8, FAST, (4, 224, 0.83), (2, 256, "1.0"), "0.6"), **HERE | dict(full=(ONE_FAST,)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #352c2cf0
 base("A3-12", "A configuration at 0.35 to 0.45 of the cost is not below Slow-8x8.",
     printed=(gap("A3D-Slow x0.5 - Slow-8x8", at(1, NARROW, variant="x0.5"), at(1, "Slow-8x8-R"), -0.05), ratio("FLOPs", at(1, NARROW, variant="x0.5", metric="flops"), at(1, "Slow-8x8-R", metric="flops"), 0.35, 0.45)), **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #c1ea2271
 base("A3-13", "The configuration at 0.35 is less than half a point below SlowFast-4x16, at 0.3 to 0.37 of its FLOPs and 0.4 to 0.44 of its parameters.",
     printed=(gap("A3D-SlowFast x0.35 - SlowFast", at(8, FAST, 3, 224, 0.63), at(8, "SlowFast-4x16-R"), -0.5),
              *(ratio(m, at(8, FAST, 3, 224, 0.63, m), at(8, "SlowFast-4x16-R", metric=m), *b) for m, b in (("flops", (0.3, 0.37)), ("params", (0.4, 0.44))))), **HERE | dict(full=(ONE_FAST,)))
 
 # %% ../../nbs/evidence/rules_a3.ipynb #f38eba6a
 LISTS = ((9, WIDE), (10, NARROW), (11, FAST))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #7063f131
 def span(table, model):
     "Compare the FLOPs of the largest and the smallest listed configuration."
     largest, smallest = (at(table, model, *c, metric="flops") for c in (listed(table)[0], listed(table)[-1]))
     return ratio(f"largest / smallest FLOPs, Table {table}", largest, smallest, 4.5, 65)
 
+# %% ../../nbs/evidence/rules_a3.ipynb #9f7f49c8
 base("A3-14", "Listed accuracies fall at every step, by less than 3 points, over 4.5 to 65 times the cost.",
     printed=tuple(span(*x) for x in LISTS) + tuple(gap(f"Table {t}, step {i}", at(t, m, *a), at(t, m, *b), 0, 3) for t, m in LISTS for i, (a, b) in enumerate(zip(listed(t), listed(t)[1:]), 1)), **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #a68a3d6d
 base("A3-15", "The figure has no numbers.", reason="shown only in a figure, against published points", command=TRADE, full=(ONE_A3D, ONE_FAST))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #c94cbfc5
 BUDGET = (("MF-Net", {}), ("TSM R50", {}), ("R(2+1)D", dict(pretrain="none")))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #d7bd70f8
 base("A3-16", "A3D-SlowFast x0.5 is not below MF-Net, TSM and R(2+1)D, at no more FLOPs times views (I3D's views are not printed).",
     printed=tuple(s for m, w in BUDGET for s in (gap(f"A3D-SlowFast x0.5 - {m}", at(1, FAST, variant="x0.5"), at(1, m, **w), -0.05),
                                                  ratio(f"{m} / A3D-SlowFast x0.5, FLOPs x views", at(1, m, metric="flops", times="views", **w), at(1, FAST, variant="x0.5", metric="flops", times="views"), low=1))),
     note="Table 1 also lists X3D-M, 76.0 at 6.2 G and 30 views: 4 to 5 points above every row of A3D at up to that cost. The claim does not name it.",
     reason="compares with results of other authors", command=TRADE, full=(ONE_A3D, ONE_FAST))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #78dd5341
 def same_cost(says, *pairs): return tuple(ratio(f"multiply-adds, {says}", dict(fact="a3d_macs", width=a[2], frames=a[0], size=a[1]), dict(fact="a3d_macs", width=b[2], frames=b[0], size=b[1]), 0.9, 1.15) for a, b in pairs)
 CUT = (((4, 224, "1.0"), (6, 224, "0.8")), ((4, 224, "1.0"), (8, 224, "0.7")))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #517e6947
 base("A3-17", "In the full grid 4 frames at full width are above 6 frames at width 0.8 and 8 frames at 0.7, which cost as much (0.9 to 1.15 times by our count).",
     printed=tuple(gap(f"{a} > {b}", at(12, WIDE, *a), at(12, WIDE, *b)) for a, b in CUT), rebuilt=same_cost("4 frames / others", *[((4, 224, 1.0), (6, 224, 0.8)), ((4, 224, 1.0), (8, 224, 0.7))]),
     note="Table 9 lists 74.2 for 4 frames at full width, Tables 1 and 12 list 73.6; the rule takes the lower number.", **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #5af2fc11
 base("A3-18", "In the full grid 8 frames at width 0.63 are above 3 frames at full width, which cost as much (0.9 to 1.15 times by our count).",
     printed=(gap("8 frames, 0.63 > 3 frames, 1.0", at(13, NARROW, 8, 224, "0.63"), at(13, NARROW, 3, 224, "1.0")),), rebuilt=same_cost("8 frames, 0.63 / 3 frames, 1.0", ((8, 224, 0.63), (3, 224, 1.0))), **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #2327f9ea
 base("A3-19", "At each cut the listed configuration is above the other choices: 3 frames above width 0.83 at 4, width 0.63 at 3 frames above 0.83 at 2, 2 frames at 224 above 3 at 178.",
     printed=tuple(gap(f"{a} > {b}", at(14, FAST, *a), at(14, FAST, *b)) for a, b in (((3, 224, "1.0"), (4, 224, "0.83")), ((3, 224, "0.63"), (2, 224, "0.83")), ((2, 224, "0.63"), (3, 178, "0.63")))), **HERE | dict(full=(ONE_FAST,)))
 
@@ -100,48 +144,86 @@ base("A3-20", "Printed: every configuration of Table 9 with at most 5.5 G has th
     printed=tuple(number_in(f"width of {c}", dict(number_of=dict(at(9, WIDE, *c), width="0.5")), 0.5, 1.5) for c in listed(9) if cells(**at(9, WIDE, *c, metric="flops"))["number"].iloc[0] <= 5.5),
     rebuilt=(number_in("largest width of an unbeaten configuration at a tenth", dict(fact="widest_unbeaten", grid="Table 12", budget=0.1), high=0.55),), **HERE,
     note="Between the listed configurations lie three that none beats, of width 0.6 and 0.7 with 2 frames, at 1.26, 3.81 and 3.86 G. At the listed budgets the least width is best.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #a1662e85
 base("A3-21", "No listed configuration costs more than another of its grid that is more accurate (printed accuracies, our counts).",
     rebuilt=tuple(number_in(f"listed in {l} and beaten in {g}", dict(fact="dominated", grid=g, listed=l), high=0.5) for g, l in (("Table 12", "Table 9"), ("Table 13", "Table 10"), ("Table 14", "Table 11"))), **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #6eff24db
 LOW = ((12, WIDE, 128, (8, 6, 4, 2), "0.9"), (13, NARROW, 142, (8, 5, 3), "0.93"), (14, FAST, 142, (4, 3, 2), "0.93"))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #fe9da1bb
 base("A3-22", "At the smallest crop a width below 1 is above full width, for each number of frames.",
     printed=tuple(gap(f"{c}²x{f}: width {w} > 1, Table {t}", at(t, m, f, c, w), at(t, m, f, c, "1.0")) for t, m, c, fs, w in LOW for f in fs), **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #94fd1930
 base("A3-23", "Separate training gives no printed grid. Its best frame count at a given cost must be above that of mutual training.", reason="needs every configuration trained separately; see ablation_mutual_training",
     command=MUTUAL, full=(ONE_A3D, Training("kinetics", "slow_resnet50", 8, times=6)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #64d56666
 base("A3-24", "A quarter fewer Slow frames cost A3D-SlowFast less than 0.3 points, and less than they cost A3D-Slow.",
     printed=(gap("loss of A3D-SlowFast", at(11, FAST, 4, 224, "1.0"), at(11, FAST, 3, 224, "1.0"), high=0.3),
              Statement("loss of A3D-Slow - loss of A3D-SlowFast", ((1, at(9, WIDE, 8, 224, "1.0")), (-1, at(9, WIDE, 6, 224, "1.0")), (-1, at(11, FAST, 4, 224, "1.0")), (1, at(11, FAST, 3, 224, "1.0"))), 0)), **HERE | dict(full=(ONE_A3D, ONE_FAST)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #118960a8
 base("A3-25", "Not ablated in print. A variant whose Fast pathway shrinks too must be below at equal cost.", reason="no such network is defined in the paper or built here", command=TRADE, full=(ONE_FAST, ONE_FAST))
 
 # %% ../../nbs/evidence/rules_a3.ipynb #7137f24d
 base("A3-26", "The narrow range is above the wide one at full size and in two configurations of no more FLOPs.",
     printed=(gap("full size", at(10, NARROW, 8, 256, "1.0"), at(9, WIDE, 8, 256, "1.0")), gap("16.6 and 16.8 G", at(10, NARROW, 8, 224, "0.63"), at(9, WIDE, 4, 224, "0.9")), gap("10.4 and 9.8 G", at(10, NARROW, 5, 224, "0.63"), at(9, WIDE, 4, 192, "0.8"))), **HERE | dict(full=(ONE_A3D, ONE_A3D)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #54cc4fbc
 base("A3-27", "At 2.7 G the narrow range is not above the wide one.", printed=(gap("narrow - wide", at(10, NARROW, 3, 142, "0.63"), at(9, WIDE, 4, 160, "0.5"), -3, 0.05),), **HERE | dict(full=(ONE_A3D, ONE_A3D)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #1dbbdc07
 WITHOUT = dict(variant="w/o T")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #938981dc
 base("A3-28", "With frames in the trade-off accuracy is higher at all three budgets.",
     printed=tuple(gap(f"with - without frames, {says}", at(6, NARROW, *a, variant=""), at(6, NARROW, *b, **WITHOUT)) for says, a, b in (
         ("full", (8, 256, "1.0"), (8, 256, "1.0")), ("a quarter", (5, 224, "0.73"), (8, 224, "0.6")), ("0.06", (3, 142, "0.63"), (8, 112, "0.5")))), **HERE | dict(full=(ONE_A3D, ONE_A3D)))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #91c1e2e7
 def crop(px): return text("Sec. 4.2 text", "top1", "Slow-8x8-R", crop_px=px)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #326c0452
 base("A3-29", "Testing at 256 gains 0.25 to 0.75 points for 1.25 to 1.35 times the cost.",
     printed=(gap("256 - 224, top-1", crop(256), crop(224), 0.25, 0.75), ratio("256 / 224, FLOPs", at(9, WIDE, 8, 256, "1.0", "flops"), at(9, WIDE, 8, 224, "1.0", "flops"), 1.25, 1.35)),
     rebuilt=(ratio("256 / 224, multiply-adds", cost("slow_resnet50", size=256), cost("slow_resnet50"), 1.25, 1.35),), reason="half a point on Kinetics", command=TRADE, full=(ALONE,))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #602f889f
 base("A3-30", "The figure has no numbers.", reason="shown only in a figure", command=TRADE, full=(ONE_A3D,))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #22ea4a3c
 base("A3-31", "The text has no number. With the full network's statistics a sub-network must lose more than 5 points, and recalibrated less than 1 against brief retraining.", **HERE)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #1244f7e6
 base("A3-32", "The figure has no numbers. The maps of full network and sub-network must differ more than those of two seeds, where both predict the same class.", reason="shown only in a figure; see features",
     command="study run features -p seeds 5", full=(ONE_A3D,))
 
 # %% ../../nbs/evidence/rules_a3.ipynb #d4a3a77a
 base("A3-33", "In the whole grid the cost is within 10 % of width squared times crop squared times frames.", rebuilt=(number_in("largest deviation", dict(fact="product_rule"), high=0.1),))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #ed57dc72
 base("A3-34", "Printed: FLOPs at half the frames are half, within 1 %. Rebuilt: every cost of Tables 5, 6, 9 and 10 is our count at the precision of print.",
     printed=(ratio("4 / 8 frames, FLOPs", at(9, WIDE, 4, 224, "1.0", "flops"), at(9, WIDE, 8, 224, "1.0", "flops"), 0.495, 0.505),),
     rebuilt=(prints("a3d", locator=["Table 5", "Table 6", "Table 9", "Table 10"], model=[WIDE, NARROW], metric=["flops", "params"]),))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #64844a17
 base("A3-35", "Printed: Tables 8 and 11 give the full network the same size. Rebuilt: every cost of the two is our count at the precision of print.",
     printed=(gap("parameters, Table 8 - Table 11", at(8, FAST, 4, 256, "1.0", "params"), at(11, FAST, 4, 256, "1.0", "params"), -0.05, 0.05),),
     rebuilt=(prints("a3d", locator=["Table 8", "Table 11"], model=FAST, metric=["flops", "params"]),),
     note="34.4 M in Tables 1 and 8, 34.5 M in Table 11, for one network: the weights alone are 34.42 M, with batch normalisation 34.48 M. Each number is right by its own way of counting.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #00db2c03
 base("A3-36", "The Fast pathway is 8 % to 12 % of SlowFast-4x16, with or without the lateral convolutions.",
     rebuilt=tuple(number_in(f"share of multiply-adds, {says}", dict(fact="fast_share", lateral=lateral), 0.08, 0.12) for says, lateral in (("with laterals", True), ("without", False))),
     note="It is 19 % of SlowFast-4x16 at 256 pixels, 21 % with the lateral convolutions. A tenth would need a Slow pathway of 8 frames or more.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #7ef28f4a
 OPTIONS = [dict(number_of=dict(paper="a3d", locator="Sec. 3.3 text", metric=f"gamma_{d}_test_option")) for d in "wst"]
+
+# %% ../../nbs/evidence/rules_a3.ipynb #363e2071
 base("A3-37", "Printed: the options of the three dimensions multiply to the number of configurations. Rebuilt: our grid has 96.",
     printed=(ratio("options / configurations", share_of(*OPTIONS), text("Sec. 3.3 text", "num_configurations"), 0.999, 1.001),), rebuilt=(number_in("configurations", dict(fact="configurations"), 95.5, 96.5),))
 
@@ -150,16 +232,28 @@ def least(model, *factors): return share_of(*(f for f in factors for _ in range(
 W16 = (text("Sec. 4 text", "gamma_w_min", WIDE), text("Sec. 4 text", "gamma_s_option", WIDE, value="0.57"), text("Sec. 4 text", "gamma_t_option", WIDE, value="0.25"))
 W06 = (text("Sec. 4.2 text", "gamma_w_min", NARROW, variant=""), text("Sec. 4.2 text", "gamma_s_min", NARROW, variant=""), text("Sec. 4.2 text", "gamma_t_min", NARROW, variant=""))
 def macs(w, f, s): return dict(fact="a3d_macs", width=w, frames=f, size=s)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #bd2e2536
 base("A3-38", "The product of the least factors over the named bound (0.016, 0.06) is 0.9 to 1.1, in print, and of the counted costs at the crops of training.",
     printed=tuple(ratio(f"least factors / {n}", least(m, *f), text("Sec. 4 text", "compute_ratio_min", m), 0.9, 1.1) for n, m, f in (("0.016", WIDE, W16), ("0.06", NARROW, W06))),
     rebuilt=(ratio("smallest / full, times 64", macs(0.5, 2, 128), macs(1.0, 8, 224), 0.9 / 64, 1.1 / 64), ratio("smallest / full, times 16", macs(0.63, 3, 142), macs(1.0, 8, 224), 0.9 / 16, 1.1 / 16)),
     note="0.5² x 0.57² x 0.25 is 0.020, a fiftieth. Only against the full network at 256 pixels, 0.9 of 54.5 G, does 0.016 come out.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #4fabdd7f
 base("A3-39", "The weights of one network, with the statistics of all 96 configurations, are less than 1.25 times those of the full network alone.", rebuilt=(number_in("stored with 96 configurations / full network", dict(fact="stored", configs=96), high=1.25),))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #ae769e76
 base("A3-40", "At widths 0.5, 0.63, 0.8 and 1 the fused Fast channels meet the same columns of the full weights, in every layer behind a fusion.", rebuilt=(number_in("layers where they do not", dict(fact="fused_columns_fixed"), high=0.5),))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #d8b11857
 base("A3-41", "Printed: models a step times steps is the number trained. Rebuilt: six axes times the steps from X2D to X3D-L is 60.",
     printed=(ratio("models a step x steps / models", share_of(text("Sec. 1 text", "models_per_expansion_step"), text("Sec. 1 text", "expansion_steps")), text("Sec. 1 text", "models_trained"), 0.999, 1.001),),
     rebuilt=(number_in("trainings to X3D-L", dict(fact="trainings"), 59.5, 60.5),))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #408a32ca
 SUBNETS = dict(fact="expected_training", min_width=0.63, sizes=(142 / 224, 178 / 224, 1.0), frames=(0.4, 0.63, 1.0))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #12aefd20
 base("A3-42", "The expected cost of training is 1.55 to 1.65 times the full network's (rebuilt: one sub-network of random width and one of least width, as Sec. 3.1 says).",
     printed=(ratio("A3D / Slow, FLOPs of training", at(2, "A3D-Slow-8x8", metric="train_flops", variant=""), at(2, "Slow-8x8", metric="train_flops", variant="x1"), 1.55, 1.65),),
     rebuilt=(number_in("expected multiply-adds of an update / full network", SUBNETS, 1.55, 1.65),), note="The text's two sub-networks give 1.49. Two of random width would give 1.62.")
@@ -168,22 +262,40 @@ base("A3-42", "The expected cost of training is 1.55 to 1.65 times the full netw
 SPEED = dict(command="study run speed -p device cuda")
 def minutes(model, metric="mins_per_epoch", **more): return at(2, model, metric=metric, **more)
 def step(model): return fast(model, "seconds_per_clip", mode="training")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #153b1bf7
 base("A3-43", "An epoch takes 1.15 to 1.25 times as long.", printed=(ratio("A3D / Slow, minutes an epoch", minutes("A3D-Slow-8x8", variant=""), minutes("Slow-8x8", variant="x1"), 1.15, 1.25),),
     rebuilt=(ratio("A3D / Slow, seconds a clip in training with the loader", fast("a3d_slow_resnet50", "seconds_per_clip", mode="training with loader"), fast("slow_resnet50", "seconds_per_clip", mode="training with loader"), 1.15, 1.25),), **SPEED)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #3ed107d9
 TOTAL = (("mins_per_epoch_total", "minutes"), ("train_flops_total", "FLOPs"))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #d0941079
 base("A3-44", "One A3D takes less than half of what six separate models do, in minutes and in FLOPs.",
     printed=tuple(ratio(f"one A3D / six models, {says}", minutes("A3D-Slow-8x8", m, variant="one A3D model"), minutes("Slow-8x8", m, variant="6 separate models"), high=0.5) for m, says in TOTAL),
     rebuilt=(ratio("one A3D / 3.5 full networks, seconds a clip in training", step("a3d_slow_resnet50"), step("slow_resnet50"), high=0.5 * 3.5),), **SPEED,
     note="Five of the six times are scaled from the sixth, by the text; 58 and 69 minutes are measured. The six shares (0.1, 0.3, 0.5, 0.7, 0.9, 1) add up to 3.5 full networks.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #a8b5366e
 base("A3-45", "X3D-M takes 2.5 to 3.5 times as long as Slow-8x8 in training, with less than a quarter of the multiply-adds.",
     printed=(ratio("X3D-M / Slow-8x8, FLOPs", at(1, "X3D-M-P", metric="flops"), at(1, "Slow-8x8-P", metric="flops"), high=0.25),),
     rebuilt=(ratio("X3D-M / Slow-8x8, multiply-adds", cost("x3d_m", frames=16, size=256), cost("slow_resnet50", size=256), high=0.25), ratio("X3D-M / Slow-8x8, seconds a clip in training", step("x3d_m"), step("slow_resnet50"), 2.5, 3.5)), **SPEED,
     note="The threefold time is a sentence without a measurement in print; only the multiply-adds are.")
+
+# %% ../../nbs/evidence/rules_a3.ipynb #1fd8aa56
 base("A3-46", "A depthwise 3D convolution reaches less than a quarter of the operations a second of a dense one, at the bandwidth of a copy within a factor of 2.",
     rebuilt=(ratio("depthwise / dense, operations a second", fast("depthwise3d", "operations_per_second"), fast("dense3d", "operations_per_second"), high=0.25),), **SPEED)
+
+# %% ../../nbs/evidence/rules_a3.ipynb #38b96e7f
 base("A3-47", "The losses are those of the text (0.6 and 1.2 points), within the precision of print.",
     printed=tuple(Statement(f"reproduced - published - stated, {m}", ((1, at(1, f"{m}-R")), (-1, at(1, f"{m}-P")), (-1, text("Sec. 4 text", "top1_delta", f"{m}-R"))), -0.05, 0.05) for m in ("Slow-8x8", "SlowFast-4x16")),
     reason="about missing videos of Kinetics", command=MUTUAL, full=(ALONE, ALONE_FAST))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #616492d0
 TRANSFER = "study run transfer -p target {} -p models slow,a3d_slow -p seeds 5"
+
+# %% ../../nbs/evidence/rules_a3.ipynb #0a924dc1
 base("A3-48", "A3D-Slow is above Slow-8x8 on Charades.", printed=(gap("A3D-Slow > Slow-8x8, mAP", at(3, "A3D-Slow-8x8", metric="mAP"), at(3, "Slow-8x8", metric="mAP")),), reason="see transfer", command=TRANSFER.format("charades"), full=(ONE_A3D, ALONE))
+
+# %% ../../nbs/evidence/rules_a3.ipynb #f2d1b611
 base("A3-49", "A3D-Slow is above Slow-8x8 on AVA.", printed=(gap("A3D-Slow > Slow-8x8, mAP", at(4, "A3D-Slow-8x8", metric="mAP"), at(4, "Slow-8x8", metric="mAP")),), reason="see transfer", command=TRANSFER.format("ava"), full=(ONE_A3D, ALONE))

@@ -15,44 +15,61 @@ from .terms import cost, fast, gap, ladder, number_in, prints, ratio, share_of
 # %% ../../nbs/evidence/rules_bl.ipynb #8d375279
 TABLES = {"SS-V1": "Table 1", "SS-V2": "Table 2", "Kinetics-400": "Table 3", "Moments": "Table 4"}
 
+# %% ../../nbs/evidence/rules_bl.ipynb #c87dee06
 def ours(dataset, frames, backbone="50", metric="top1", **more):
     "Point at a result of bLVNet-TAM on frames alone, without flow."
     split = dict(split="val") if metric in ("top1", "top5") and dataset.startswith("SS") else {}
     return dict(paper="blvnet_tam", locator=TABLES[dataset], model="bLVNet-TAM", backbone=f"bLResNet-{backbone}", frames=frames, metric=metric, modality="RGB") | split | more
 
+# %% ../../nbs/evidence/rules_bl.ipynb #cbc130e0
 def theirs(dataset, model, metric="top1", **more):
     "Point at a listed result of another model."
     split = dict(split="val") if metric in ("top1", "top5") and dataset.startswith("SS") and "split" not in more else {}
     return dict(paper="blvnet_tam", locator=TABLES[dataset], model=model, metric=metric) | split | more
 
+# %% ../../nbs/evidence/rules_bl.ipynb #adeb7bb7
 def text(section, metric, **more):
     "Point at a number in the text."
     return dict(paper="blvnet_tam", locator=section, metric=metric, **more)
 
+# %% ../../nbs/evidence/rules_bl.ipynb #0895921a
 def net(backbone, metric="macs", frames=16, system="blvnet_tam", **more):
     "Point at a count on a ResNet or bLResNet of 50 or 101 layers."
     return cost(f"{system}_{backbone}", metric, frames, classes=174, **more)
 
+# %% ../../nbs/evidence/rules_bl.ipynb #2fced0ad
 SSV1 = "-p data ssv1 -p width 1.0 -p image_size 224 -p seeds 5"
 
 # %% ../../nbs/evidence/rules_bl.ipynb #f7d2c128
 TSM = lambda frames: theirs("SS-V1", "TSM", "flops", frames=frames)
+
+# %% ../../nbs/evidence/rules_bl.ipynb #5ef2117d
 base("BL-01", "TSN (in print: TSM, which costs the same) costs 2.95 to 4.05 times as much at the same number of frames, with 50 and with 101 layers.",
     printed=tuple(ratio(f"TSM / bLVNet-TAM-50, FLOPs, {f} frames", TSM(f), ours("SS-V1", f, metric="flops"), 2.95, 4.05) for f in (16,)),
     rebuilt=tuple(ratio(f"TSN / bLVNet-TAM, multiply-adds, {d} layers", net(f"resnet{d}", system="tsn"), net(f"blresnet{d}"), 2.95, 4.05) for d in (50, 101)),
     note="65 over 23.8 is 2.7 with 50 layers. Only with 101 layers does the factor reach 3.")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #dfde0bb4
 base("BL-02", "TSN takes 1.6 to 2.4 times the memory of bLVNet-TAM-50 in training at equal frames and batch. The paper shows it in a figure.",
     rebuilt=(ratio("TSN / bLVNet-TAM, peak memory", fast("tsn_resnet50", "peak_memory", mode="training", frames=16), fast("blvnet_tam_blresnet50", "peak_memory", mode="training", frames=16), 1.6, 2.4),),
     command="study run speed -p device cuda")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #bb2f25f8
 base("BL-03", "TSN costs 1.55 to 2.05 times TSN-bLNet, with 50 and with 101 layers.",
     rebuilt=tuple(ratio(f"TSN / TSN-bLNet, multiply-adds, {d} layers", net(f"resnet{d}", system="tsn"), net(f"blresnet{d}", system="tsn"), 1.55, 2.05) for d in (50, 101)),
     note="With 50 layers the factor is 1.43; with 101 it is 2.0. The range is quoted from the paper of Big-Little Net.")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #bd9d13ba
 base("BL-04", "bLVNet costs at most 5 % more than TSN-bLNet at half the frames.",
     rebuilt=tuple(ratio(f"bLVNet / TSN-bLNet at half the frames, {d} layers", net(f"blresnet{d}", system="blvnet"), net(f"blresnet{d}", frames=8, system="tsn"), high=1.05) for d in (50, 101)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #cca69c42
 base("BL-05", "TSN (in print: TSM) costs 1.45 to 2.05 times bLVNet at twice the frames.",
     printed=tuple(ratio(f"TSM at {f} / bLVNet-TAM-50 at {2 * f} frames", TSM(f), ours("SS-V1", 2 * f, metric="flops"), 1.45, 2.05) for f in (8, 16)),
     rebuilt=tuple(ratio(f"TSN at 8 / bLVNet at 16 frames, {d} layers", net(f"resnet{d}", frames=8, system="tsn"), net(f"blresnet{d}", system="blvnet"), 1.45, 2.05) for d in (50, 101)),
     note="33 over 23.8 is 1.39 with 50 layers, as Sec. 4.2 itself says of TSM (1.4).")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #62b315e6
 base("BL-06", "TSM at 8 frames costs 1.35 to 1.45 times bLVNet-TAM-50 at 8x2.",
     printed=(ratio("TSM at 8 / bLVNet-TAM-50 at 8x2, FLOPs", TSM(8), ours("SS-V1", 16, metric="flops"), 1.35, 1.45),),
     rebuilt=(ratio("TSM at 8 / bLVNet-TAM-50 at 8x2, multiply-adds", net("resnet50", frames=8, system="tsm"), net("blresnet50"), 1.35, 1.45),))
@@ -62,12 +79,18 @@ base("BL-07", "TAM's parameters are at most 0.15 % of the network's, and it adds
     rebuilt=tuple(s for d in (50, 101) for s in (ratio(f"with / without TAM, parameters, {d} layers", net(f"blresnet{d}", "params"), net(f"blresnet{d}", "params", system="blvnet"), high=1.0015),
                                                  ratio(f"with / without TAM, multiply-adds, {d} layers", net(f"blresnet{d}"), net(f"blresnet{d}", system="blvnet"), high=1.01))),
     note="The share is 0.07 % with 50 layers and 0.04 % with 101: the claim is that TAM is cheap, so less than claimed counts as holding.")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #56dcfcae
 base("BL-08", "Printed: the two shares differ by a factor of 90 to 110. Rebuilt: TAM's share as in BL-07, Timeception's 5 % to 15 %.",
     printed=(ratio("Timeception / TAM, share of parameters", text("Sec. 2 text", "params_fraction", model="Timeception"), text("Sec. 2 text", "params_fraction", model="TAM"), 90, 110),),
     rebuilt=(ratio("with / without TAM, parameters, 50 layers", net("blresnet50", "params"), net("blresnet50", "params", system="blvnet"), 1.0005, 1.0015),
              ratio("with / without Timeception, parameters", cost("timeception_resnet50", "params"), cost("tsn_resnet50", "params"), 1.05, 1.15)),
     reason="Timeception is not rebuilt here", note="Timeception is another paper's module and not in the library.")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #a1cc5b2a
 STEPS = (("50", (16, 32)), ("101", (16, 32, 48, 64)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #0489ac89
 base("BL-09", "FLOPs over those of 8x2 are the number of pairs over 8 within 1 %, and parameters are equal.",
     printed=tuple(s for d, fs in STEPS for f in fs[1:] for s in (
         ratio(f"FLOPs, {f} over 16 frames, {d} layers", ours("SS-V1", f, d, "flops"), ours("SS-V1", 16, d, "flops"), f / 16 * 0.99, f / 16 * 1.01),
@@ -75,9 +98,13 @@ base("BL-09", "FLOPs over those of 8x2 are the number of pairs over 8 within 1 %
     rebuilt=tuple(s for d, fs in STEPS for f in fs[1:] for s in (
         ratio(f"multiply-adds, {f} over 16 frames, {d} layers", net(f"blresnet{d}", frames=f), net(f"blresnet{d}"), f / 16 * 0.99, f / 16 * 1.01),
         gap(f"parameters, {f} and 16 frames, {d} layers", net(f"blresnet{d}", "params", f), net(f"blresnet{d}", "params"), -0.5, 0.5))))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #aac1697c
 base("BL-10", "Printed: Tables 1 and 2 agree with each other. Rebuilt: every cost of bLVNet-TAM in them is our count at the precision of print.",
     printed=tuple(gap(f"{m}, Table 1 and 2, {d} layers", ours("SS-V1", 16, d, m), ours("SS-V2", 16, d, m), -0.01, 0.01) for d, _ in STEPS for m in ("params", "flops")),
     rebuilt=(prints("blvnet_tam", locator=["Table 1", "Table 2"], model="bLVNet-TAM", modality="RGB", metric=["params", "flops"]),))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #9eef56e9
 base("BL-11", "On each backbone S3D, and R(2+1)D with 18 layers, costs more than the 2D network and than TAM (R(2+1)D: than f-R2D, to which no TAM is built).",
     rebuilt=tuple(gap(f"S3D > {m}, multiply-adds, {b}", cost(f"s3d_{b}"), cost(f"{m}_{b}")) for b in ("resnet50", "inception_v1") for m in ("tsn", "tam"))
         + (gap("R(2+1)D > f-R2D, multiply-adds", cost("r2plus1d_18", size=112), cost("fr2d_18", size=112)),))
@@ -86,30 +113,47 @@ base("BL-11", "On each backbone S3D, and R(2+1)D with 18 layers, costs more than
 SWAPPED, PAIRS = (1, 0, 3, 2, 5, 4, 7, 6), (2, 3, 0, 1, 6, 7, 4, 5)  # the frames within each pair; whole pairs
 def order(model, how): return dict(fact="moved", model=model, order=how)
 
+# %% ../../nbs/evidence/rules_bl.ipynb #8041e08c
 base("BL-12", "TAM with the weights 0 and 1 of a shift gives exactly what TSM gives, for features behind a ReLU.", rebuilt=(number_in("largest difference of an output", dict(fact="tam_minus_tsm"), high=1e-6),))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #a186bd4e
 base("BL-13", "An output of one TAM depends on 3 frames, and each further TAM adds 2.",
     rebuilt=tuple(number_in(f"frames seen behind {n} TAM{'s' * (n > 1)}", dict(fact="seen_by_tams", modules=n), 2 * n + 0.5, 2 * n + 1.5) for n in (1, 2, 3, 4)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #e39ba0ff
 base("BL-14", "With TAM the whole network takes at most 1.25 times as long.", command="study run speed -p device cuda",
     rebuilt=(ratio("with / without TAM, seconds a clip", fast("blvnet_tam_blresnet50", "seconds_per_clip"), fast("blvnet_blresnet50", "seconds_per_clip"), high=1.25),))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #db6890d4
 base("BL-15", "The answers of TSN and TSN-bLNet do not depend on the order of frames, bLVNet's only on that within a pair, bLVNet-TAM's on both.",
     rebuilt=tuple(number_in(f"{m}: change of a logit when {what} change places", order(f"{m}_{b}", how), *((1e-6, float("inf")) if moves else (-1, 1e-9)))
                   for m, b, within, between in (("tsn", "resnet50", 0, 0), ("tsn", "blresnet50", 0, 0), ("blvnet", "blresnet50", 1, 0), ("blvnet_tam", "blresnet50", 1, 1))
                   for what, how, moves in (("the frames of a pair", SWAPPED, within), ("pairs", PAIRS, between))))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #37377d6c
 base("BL-16", "The text has no numbers. The two assignments must differ by less than 2 points.", reason="no number is printed; see ablation_fusion", command="study run ablation_fusion -p seeds 5",
     full=(Training("ssv1", "blvnet_tam_blresnet50", 16, times=2),))
 
 # %% ../../nbs/evidence/rules_bl.ipynb #269e3c35
 def more(system, role): return (Statement(f"what more frames add to {system}", ((1, run(system, role, frames="most")), (-1, run(system, role, frames="fewest"))), low=0),)
 R101, R50 = (16, 32, 48, 64), (16, 32, 48)
+
+# %% ../../nbs/evidence/rules_bl.ipynb #2a77779d
 base("BL-22", "Each step from 8x2 to 32x2 is above 0, on both versions (measured: the most frames are above the fewest where order decides).",
     printed=tuple(s for d in ("SS-V1", "SS-V2") for s in ladder(lambda f, dataset: ours(dataset, f, "101"), R101[::-1], dataset=d)), measured=more("blvnet_tam", "order"),
     command="study run ablation_frames -p models blvnet_tam -p seeds 5", full=tuple(Training("ssv1", "blvnet_tam_blresnet101", f) for f in R101))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #667719f4
 base("BL-24", "Each step from 8x2 to 24x2 is above 0 (measured: where appearance decides).",
     printed=ladder(lambda f: ours("Kinetics-400", f), R50[::-1]), measured=more("blvnet_tam", "appearance"),
     command="study run ablation_frames -p models blvnet_tam -p seeds 5", full=tuple(Training("kinetics", "blvnet_tam_blresnet50", f, 224) for f in R50))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #733d2ba5
 base("BL-25", "16x2 frames are less than half a point from 8x2 on Moments.", printed=(gap("16x2 - 8x2, top-1", ours("Moments", 32), ours("Moments", 16), -0.5, 0.5),),
     reason="says something about clips of three seconds in Moments", command="study run ablation_frames -p data moments -p models blvnet_tam -p seeds 5",
     full=tuple(Training("moments", "blvnet_tam_blresnet50", f) for f in (16, 32)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #0f6a252d
 base("BL-26", "101 layers are above 50 at 8x2 and 16x2, on both versions.",
     printed=tuple(gap(f"101 > 50 layers, {d}, {f} frames", ours(d, f, "101"), ours(d, f)) for d in ("SS-V1", "SS-V2") for f in (16, 32)),
     reason="says something about networks of 50 and 101 layers at full width", command=f"study run ablation_fusion {SSV1} -p backbone blresnet101",
@@ -121,40 +165,64 @@ base("BL-27", "46.4 (8x2, 50 layers) is above I3D, S3D and NL I3D + GCN.",
     reason="compares with results of other authors", command=f"study run ablation_tam {SSV1} -p models i3d,s3d -p backbone resnet50",
     note="S3D stands in the same table with 47.3. With 16x2 frames the sentence is true.",
     full=(Training("ssv1", "blvnet_tam_blresnet50", 16), Training("ssv1", "i3d_inception_v1", 64), Training("ssv1", "s3d_inception_v1", 64)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #584f0e2b
 base("BL-28", "bLVNet-TAM-50 with N pairs is above TSM with N frames, with fewer FLOPs, on both versions.",
     printed=tuple(gap(f"bLVNet-TAM > TSM, {d}, N = {n}", ours(d, 2 * n), theirs(d, "TSM", frames=n)) for d in ("SS-V1", "SS-V2") for n in (8, 16))
         + tuple(gap(f"TSM - bLVNet-TAM, FLOPs, N = {n}", TSM(n), ours("SS-V1", 2 * n, metric="flops")) for n in (8, 16)),
     reason="see BL-21 for the direction at equal frames; the margins are those of Something-Something", command=f"study run ablation_fusion {SSV1}",
     full=tuple(Training("ssv1", m, f) for m, f in (("blvnet_tam_blresnet50", 16), ("blvnet_tam_blresnet50", 32), ("tsm_resnet50", 8), ("tsm_resnet50", 16))))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #5e5e9c63
 FLOW = dict(modality="RGB+Flow")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #4d6c2d33
 base("BL-29", "The 101-layer 32x2 model on frames alone is above the best listed two-stream result on the validation set of both versions.",
     printed=(gap("bLVNet-TAM > TSM RGB+Flow, SS-V1", ours("SS-V1", 64, "101"), theirs("SS-V1", "TSM", **FLOW)), gap("bLVNet-TAM > TSM RGB+Flow, SS-V2", ours("SS-V2", 64, "101"), theirs("SS-V2", "TSM", **FLOW))),
     reason="compares with results of other authors", command=f"study run ablation_fusion {SSV1} -p backbone blresnet101 -p frames 64", note="Table 2 lists 66.0 for two-stream TSM, above 65.2. On SS-V1 it is true.",
     full=(Training("ssv1", "blvnet_tam_blresnet101", 64), Training("ssv2", "blvnet_tam_blresnet101", 64)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #90d377ba
 TEST = dict(split="test")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #efcca1c8
 base("BL-30", "The best own test score is above each listed one, two-stream ones included, on both versions.",
     printed=tuple(gap(f"bLVNet-TAM > TSM {m}, SS-V1 test", ours("SS-V1", 64, "101", **TEST), theirs("SS-V1", "TSM", modality=m, **TEST)) for m in ("RGB", "RGB+Flow"))
         + (gap("bLVNet-TAM RGB+Flow > TSM RGB+Flow, SS-V2 test", ours("SS-V2", 64, "101", **TEST | FLOW), theirs("SS-V2", "TSM", **TEST | FLOW)),),
     reason="the labels of the test sets are private", command="the evaluation server of Something-Something", note="Table 1 lists 50.7 for two-stream TSM, above 48.9. Against its frames alone (46.0), and on SS-V2, it is true.")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #f551913e
 base("BL-31", "The best own validation score is above each listed one, on both versions (SS-V2: with flow).",
     printed=(gap("53.1 > TSM RGB+Flow, SS-V1", ours("SS-V1", 64, "101"), theirs("SS-V1", "TSM", **FLOW)), gap("RGB+Flow > TSM RGB+Flow, SS-V2", ours("SS-V2", 64, "101", **FLOW), theirs("SS-V2", "TSM", **FLOW))),
     reason="a record on a benchmark", command=f"study run ablation_fusion {SSV1} -p backbone blresnet101 -p frames 64", full=(Training("ssv1", "blvnet_tam_blresnet101", 64), Training("ssv2", "blvnet_tam_blresnet101", 64)))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #0b138a8d
 ON_KINETICS = (("S3D", {}), ("R(2+1)D", {}), ("TSM", dict(frames=8)), ("TSM", dict(frames=16)), ("SlowFast-4x16", {}))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #70498220
 base("BL-32", "24x2 is less than 2.5 points from each of S3D, R(2+1)D, TSM and SlowFast.",
     printed=tuple(gap(f"bLVNet-TAM - {m} {w.get('frames', '')}".strip(), ours("Kinetics-400", 48), theirs("Kinetics-400", m, **w), -2.5, 2.5) for m, w in ON_KINETICS),
     reason="compares with results of other authors on Kinetics", command="study run ablation_fusion -p data kinetics400 -p backbone blresnet50 -p width 1.0 -p frames 48 -p seeds 5", full=(Training("kinetics", "blvnet_tam_blresnet50", 48),))
 
 # %% ../../nbs/evidence/rules_bl.ipynb #6bffd1d7
 PRICED = (("SlowFast-4x16", {}), ("TSM", dict(frames=8)), ("TSM", dict(frames=16)), ("TSN", {}), ("C3D", {}), ("ARTNet", {}))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #85a09a8e
 base("BL-33", "FLOPs times views of each own row are below those of each competitor whose cost and views are printed (rebuilt: SlowFast and TSM).",
     printed=tuple(ratio(f"{m} / bLVNet-TAM 24x2, FLOPs x views", theirs("Kinetics-400", m, "flops", times="views", **w), ours("Kinetics-400", 48, metric="flops", times="views"), low=1) for m, w in PRICED),
     rebuilt=tuple(Statement(f"{m} x 30 views / bLVNet-TAM 24x2 x 9 views", ((30, c), (9, cost("blvnet_tam_blresnet50", frames=48, size=256))), 1, ratio=True)
                   for m, c in (("SlowFast", cost("slowfast_resnet50", frames=32, size=256, alpha=8)), ("TSM-8", cost("tsm_resnet50", frames=8, size=256)))))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #94e67e83
 base("BL-34", "The text has no numbers. A model trained where appearance decides must lose less than 5 points on reversed clips.", reason="no number is printed, and reversed clips are not among the protocols; DA-28 and DA-29 test what order matters to",
     command="study run ablation_tam -p seeds 5")
+
+# %% ../../nbs/evidence/rules_bl.ipynb #9c36ef21
 base("BL-35", "31.4 is above I3D, TRN and TSN and not below the ensemble.",
     printed=tuple(gap(f"bLVNet-TAM > {m}", ours("Moments", 32), theirs("Moments", m, modality="RGB")) for m in ("I3D", "TRN", "TSN")) + (gap("not below the ensemble", ours("Moments", 32), theirs("Moments", "Ensemble"), -0.05),),
     reason="compares with results of other authors on Moments", command="study run ablation_fusion -p data moments -p backbone blresnet50 -p width 1.0 -p frames 32 -p seeds 5", full=(Training("moments", "blvnet_tam_blresnet50", 32),))
+
+# %% ../../nbs/evidence/rules_bl.ipynb #2c4f239a
 base("BL-36", "Top-1 lies in [30.5, 31.5] and top-5 in [57.5, 59.5].",
     printed=tuple(number_in(f"{m}, {f} frames", ours("Moments", f, metric=m), *b) for f in (16, 32) for m, b in (("top1", (30.5, 31.5)), ("top5", (57.5, 59.5)))),
     reason="an accuracy on Moments", command="study run ablation_fusion -p data moments -p backbone blresnet50 -p width 1.0 -p frames 16 -p seeds 5", full=tuple(Training("moments", "blvnet_tam_blresnet50", f) for f in (16, 32)))

@@ -16,14 +16,17 @@ def t1(model, metric="top1"):
     "Point at a cell of Table 1."
     return dict(paper="deep_analysis", locator="Table 1", model=model, metric=metric)
 
+# %% ../../nbs/evidence/rules_da.ipynb #f8df19a3
 def t2(model, pretrain):
     "Point at a cell of Table 2."
     return dict(paper="deep_analysis", locator="Table 2", model=model, pretrain=pretrain)
 
+# %% ../../nbs/evidence/rules_da.ipynb #2e6081b8
 def epochs(frames, dataset):
     "Point at the epochs of Table 5."
     return dict(paper="deep_analysis", locator="Table 5", metric="epochs", frames=frames, dataset=dataset)
 
+# %% ../../nbs/evidence/rules_da.ipynb #7cbc8f00
 R50 = "tam_resnet50", "tsn_resnet50", "i3d_resnet50", "tdc_resnet50", "tsm_resnet50", "nln_resnet50"
 ON_KINETICS = (Training("kinetics", "i3d_resnet50", 32), Training("kinetics", "slowfast_resnet50", 32), Training("kinetics", "tam_resnet50", 32),
                Training("kinetics", "tsn_resnet50", 32, options=(("temporal_pooling", True),)))
@@ -31,15 +34,23 @@ ON_KINETICS = (Training("kinetics", "i3d_resnet50", 32), Training("kinetics", "s
 # %% ../../nbs/evidence/rules_da.ipynb #331a4d17
 base("DA-01", "Printed: SlowFast < TSN-tp < TAM < I3D in multiply-adds. Rebuilt: every cost of Table 1 is our count at the precision of print.",
     printed=ladder(lambda m: t1(m, "flops"), ("I3D", "TAM", "TSN", "SlowFast-8x8")), rebuilt=(prints("deep_analysis", locator="Table 1", metric="flops"),))
+
+# %% ../../nbs/evidence/rules_da.ipynb #02d2cfd9
 base("DA-02", "TAM costs 0.45 to 0.55 of I3D.", printed=(ratio("TAM / I3D, FLOPs", t1("TAM", "flops"), t1("I3D", "flops"), 0.45, 0.55),),
     rebuilt=(ratio("TAM / I3D, multiply-adds", cost("tam_resnet50", frames=32, size=256), cost("i3d_resnet50", frames=32, size=256), 0.45, 0.55),))
+
+# %% ../../nbs/evidence/rules_da.ipynb #d9eb19ea
 base("DA-03", "Clips a second of TAM over I3D lie in [0.8, 1.25] although its FLOPs are less than 0.6.",
     printed=(ratio("TAM / I3D, clips/s", t1("TAM", "throughput"), t1("I3D", "throughput"), 0.8, 1.25), ratio("TAM / I3D, FLOPs", t1("TAM", "flops"), t1("I3D", "flops"), high=0.6)),
     rebuilt=(ratio("TAM / I3D, clips/s", fast("tam_resnet50"), fast("i3d_resnet50"), 0.8, 1.25),), command="study run speed -p device cuda",
     note="The printed speeds are those of a V100 with PyTorch of 2020. A TAM that is faster today does not make the observation wrong.")
+
+# %% ../../nbs/evidence/rules_da.ipynb #19cdc87a
 base("DA-04", "TAM as a depthwise 3D convolution takes more than 1.5 times as long as the same sum of three shifted products, in the whole network.",
     rebuilt=(ratio("depthwise 3D / shift and add, seconds a clip", fast("tam_resnet50 depthwise3d", "seconds_per_clip"), fast("tam_resnet50", "seconds_per_clip"), 1.5),),
     command="study run speed -p device cuda")
+
+# %% ../../nbs/evidence/rules_da.ipynb #9106f7e6
 base("DA-05", "Clips a second of SlowFast over I3D and over TAM lie in [2.5, 3.5], with accuracies less than a point apart.",
     printed=tuple(s for m in ("I3D", "TAM") for s in (ratio(f"SlowFast / {m}, clips/s", t1("SlowFast-8x8", "throughput"), t1(m, "throughput"), 2.5, 3.5),
                                                       gap(f"SlowFast - {m}, top-1", t1("SlowFast-8x8"), t1(m), -1, 1))),
@@ -48,12 +59,18 @@ base("DA-05", "Clips a second of SlowFast over I3D and over TAM lie in [2.5, 3.5
 
 # %% ../../nbs/evidence/rules_da.ipynb #3bda9b0e
 ORDER = ("TSN", "SlowFast-8x8", "I3D", "TAM")
+
+# %% ../../nbs/evidence/rules_da.ipynb #850c5e91
 base("DA-06", "Each step of the order is above 0 in clips a second.", printed=ladder(lambda m: t1(m, "throughput"), ORDER),
     rebuilt=ladder(fast, ("tsn_resnet50 temporal_pooling", "slowfast_resnet50", "i3d_resnet50", "tam_resnet50")), command="study run speed -p device cuda")
+
+# %% ../../nbs/evidence/rules_da.ipynb #22add535
 base("DA-07", "SlowFast's largest batch is 1.8 to 2.5 times that of each other net.",
     printed=tuple(ratio(f"SlowFast / {m}, largest batch", t1("SlowFast-8x8", "max_batch"), t1(m, "max_batch"), 1.8, 2.5) for m in ("TAM", "I3D", "TSN")),
     rebuilt=tuple(ratio(f"SlowFast / {m}, largest batch", fast("slowfast_resnet50", "largest_batch"), fast(m, "largest_batch"), 1.8, 2.5)
                   for m in ("tam_resnet50", "i3d_resnet50", "tsn_resnet50 temporal_pooling")), command="study run speed -p device cuda")
+
+# %% ../../nbs/evidence/rules_da.ipynb #045d0125
 base("DA-08", "TSN-tp's largest batch is below that of each other net, and its FLOPs are less than a quarter of I3D's.",
     printed=tuple(gap(f"{m} - TSN-tp, largest batch", t1(m, "max_batch"), t1("TSN", "max_batch")) for m in ("I3D", "TAM", "SlowFast-8x8"))
         + (ratio("TSN-tp / I3D, FLOPs", t1("TSN", "flops"), t1("I3D", "flops"), high=0.25),),
@@ -63,25 +80,39 @@ base("DA-08", "TSN-tp's largest batch is below that of each other net, and its F
 # %% ../../nbs/evidence/rules_da.ipynb #944ed554
 base("DA-09", "The figure has no numbers. Accuracy with uniform and with dense sampling must differ by less than 5 points.", reason="shown only in a figure; see ablation_sampling",
     command="study run ablation_sampling -p seeds 5")
+
+# %% ../../nbs/evidence/rules_da.ipynb #23ff2cd7
 base("DA-10", "The figure has no numbers. TAM and TSM with uniform sampling must be below SlowFast at equal multiply-adds.",
     reason="shown only in a figure, and needs SlowFast at its published size on Kinetics", command="study run ablation_sampling -p data kinetics400 -p models tam,tsm,slowfast -p seeds 5",
     full=(Training("kinetics", "tam_resnet50", 32), Training("kinetics", "tsm_resnet50", 32), Training("kinetics", "slowfast_resnet50", 32)))
+
+# %% ../../nbs/evidence/rules_da.ipynb #7b99f36b
 base("DA-11", "The text has no numbers. What the sampler changes must exceed the gap between architectures.", reason="no number is printed; see ablation_sampling",
     command="study run ablation_sampling -p seeds 5")
+
+# %% ../../nbs/evidence/rules_da.ipynb #c4e0b79a
 base("DA-12", "I3D > SlowFast > TAM > TSN-tp, less than 2 points from first to last.",
     printed=ladder(t1, ("I3D", "SlowFast-8x8", "TAM", "TSN")) + (gap("I3D - TSN-tp", t1("I3D"), t1("TSN"), high=2),),
     reason="steps of 0.2 points, for which Kinetics itself is needed", command="study run ablation_tam -p data kinetics400 -p models i3d,tam,tsn -p backbone resnet50 -p width 1.0 -p frames 32 -p seeds 5",
     full=ON_KINETICS)
+
+# %% ../../nbs/evidence/rules_da.ipynb #5c4a6f9a
 base("DA-13", "Each accuracy of Table 1 lies in [74.5, 77.5].", printed=tuple(number_in(f"{m}, top-1", t1(m), 74.5, 77.5) for m in ("I3D", "SlowFast-8x8", "TAM", "TSN")),
     reason="an accuracy on Kinetics", command="study run ablation_tam -p data kinetics400 -p models i3d,tam,tsn -p backbone resnet50 -p width 1.0 -p frames 32 -p seeds 5", full=ON_KINETICS)
 
 # %% ../../nbs/evidence/rules_da.ipynb #85b6f201
 FROM_SCRATCH = tuple(Training("kinetics", m, 32, times=2) for m in ("i3d_resnet50", "tam_resnet50"))
 SCRATCH = "study run ablation_pretraining -p data kinetics400 -p backbone resnet50 -p width 1.0 -p frames 32 -p seeds 5"
+
+# %% ../../nbs/evidence/rules_da.ipynb #247ca15f
 base("DA-14", "I3D from ImageNet is less than half a point from I3D from scratch.", printed=(gap("ImageNet - scratch, I3D", t2("I3D", "ImageNet"), t2("I3D", "none"), -0.5, 0.5),),
     reason="needs ImageNet weights and Kinetics", command=SCRATCH, full=FROM_SCRATCH[:1])
+
+# %% ../../nbs/evidence/rules_da.ipynb #208767cf
 base("DA-15", "TAM from scratch loses a quarter to three quarters of a point.", printed=(gap("ImageNet - scratch, TAM", t2("TAM", "ImageNet"), t2("TAM", "none"), 0.25, 0.75),),
     reason="needs ImageNet weights and Kinetics", command=SCRATCH, full=FROM_SCRATCH[1:])
+
+# %% ../../nbs/evidence/rules_da.ipynb #583d129c
 base("DA-16", "After 196 epochs the gap between ImageNet and scratch is below a point for both nets. That it shrinks with training is not printed.",
     printed=tuple(gap(f"ImageNet - scratch, {m}", t2(m, "ImageNet"), t2(m, "none"), -1, 1) for m in ("I3D", "TAM")),
     reason="see ablation_pretraining", command="study run ablation_pretraining -p seeds 5", full=FROM_SCRATCH)
@@ -94,12 +125,20 @@ def _both(says, a, b, low, high, backbone="ResNet50", metrics=(("flops", "macs")
     return dict(printed=tuple(ratio(f"{says}, {p}, {backbone}", t3(a, backbone=backbone, metric=p), t3(b, backbone=backbone, metric=p), low, high) for p, _ in metrics),
                 rebuilt=tuple(ratio(f"{says}, {c}, {backbone}", net(a, c), net(b, c), low, high) for _, c in metrics))
 
+# %% ../../nbs/evidence/rules_da.ipynb #09463806
 def _join(*parts): return {k: sum((p[k] for p in parts), ()) for k in ("printed", "rebuilt")}
 
+# %% ../../nbs/evidence/rules_da.ipynb #2254e8a6
 base("DA-20", "I3D costs 1.9 to 2.1 times TSN with ResNet-50, in FLOPs and parameters, and 2.75 to 2.85 times in FLOPs with InceptionV1.",
     **_join(_both("I3D / TSN", "i3d", "tsn", 1.9, 2.1), _both("I3D / TSN", "i3d", "tsn", 2.75, 2.85, "InceptionV1", (("flops", "macs"),))))
+
+# %% ../../nbs/evidence/rules_da.ipynb #56b87f7e
 base("DA-21", "Conv. costs 2.7 to 3.3 times TSN with ResNet-50, in FLOPs and parameters.", **_both("Conv. / TSN", "tdc", "tsn", 2.7, 3.3))
+
+# %% ../../nbs/evidence/rules_da.ipynb #1780e8ef
 MORE = "non-local adds 6.5 to 7.5 M parameters"
+
+# %% ../../nbs/evidence/rules_da.ipynb #5a1e8d2e
 base("DA-22", "Non-local blocks cost 5.5 to 6.5 times TSN in FLOPs and add 6.5 to 7.5 M parameters.",
     printed=_both("NLN / TSN", "nln", "tsn", 5.5, 6.5, metrics=(("flops", "macs"),))["printed"] + (gap(MORE, t3("nln", metric="params"), t3("tsn", metric="params"), 6.5, 7.5),),
     rebuilt=_both("NLN / TSN", "nln", "tsn", 5.5, 6.5, metrics=(("flops", "macs"),))["rebuilt"]
@@ -117,20 +156,27 @@ base("DA-37", "S3D has fewer parameters than I3D, and at most one spatial kernel
 INC = dict(backbone="InceptionV1", dataset="Mini-Kinetics")
 def _inception(frames): return tuple(Training("mini_kinetics", f"{m}_inception_v1", frames) for m in ("tsn", "tam", "tdc", "i3d"))
 
+# %% ../../nbs/evidence/rules_da.ipynb #06393374
 base("DA-26", "TSN is above each of the others (measured: no module is more than 2 points above TSN where appearance decides, on InceptionV1).",
     printed=tuple(gap(f"TSN > {m}", t3("tsn", **INC), t3(m, **INC)) for m in ("tam", "tdc", "i3d")),
     measured=tuple(gap(f"tsn - {m} > -2 points", run("tsn", "appearance", backbone="inception_v1"), run(m, "appearance", backbone="inception_v1"), low=-2) for m in ("tam", "tdc", "i3d")),
     command="study run ablation_tam -p backbone inception_v1 -p models tsn,tam,i3d,tdc -p seeds 5", full=_inception(8))
+
+# %% ../../nbs/evidence/rules_da.ipynb #1a415c63
 base("DA-27", "I3D and Conv. are above TSN, TAM is below it by less than a point.",
     printed=tuple(gap(f"{m} > TSN", t3(m, frames=16, **INC), t3("tsn", frames=16, **INC)) for m in ("i3d", "tdc")) + (gap("TSN - TAM", t3("tsn", frames=16, **INC), t3("tam", frames=16, **INC), 0, 1),),
     reason="gaps of less than a point, smaller than what the embedded data can tell apart",
     command="study run ablation_tam -p data mini_kinetics -p backbone inception_v1 -p width 1.0 -p image_size 224 -p models tsn,tam,i3d,tdc -p recipe deep_analysis_mini -p seeds 5", full=_inception(16))
+
+# %% ../../nbs/evidence/rules_da.ipynb #06f54297
 base("DA-31", "ResNet-50 is above InceptionV1 in each of the 16 pairs.",
     printed=tuple(gap(f"ResNet50 > InceptionV1: {m}, {d}, {f} frames", t3(m, d, f), t3(m, d, f, "InceptionV1"))
                   for m in ("tsn", "i3d", "tdc", "tam") for d in ("Mini-SSV2", "Mini-Kinetics") for f in (8, 16)),
     reason="says something about two networks at their full width, which the embedded data do not need",
     command="study run ablation_tam -p data ssv2 -p backbone resnet50 -p width 1.0 -p image_size 224 -p recipe deep_analysis_mini -p seeds 5; the same with -p backbone inception_v1",
     full=tuple(Training(d, f"{m}_{b}", 8) for d in ("mini_ssv2", "mini_kinetics") for m in ("tsn", "i3d", "tdc", "tam") for b in ("resnet50", "inception_v1")))
+
+# %% ../../nbs/evidence/rules_da.ipynb #210637f2
 base("DA-33", "On Mini-SSV2 Conv. is above I3D with InceptionV1 and below it with ResNet-50, at 8 and 16 frames.",
     printed=tuple(s for f in (8, 16) for s in (gap(f"Conv. > I3D, InceptionV1, {f}", t3("tdc", frames=f, backbone="InceptionV1"), t3("i3d", frames=f, backbone="InceptionV1")),
                                                 gap(f"I3D > Conv., ResNet50, {f}", t3("i3d", frames=f), t3("tdc", frames=f)))),
@@ -141,8 +187,12 @@ base("DA-33", "On Mini-SSV2 Conv. is above I3D with InceptionV1 and below it wit
 # %% ../../nbs/evidence/rules_da.ipynb #c7fa9ebe
 base("DA-35", "The text states no direction, so there is nothing to hold it against. What pooling changes is measured pair by pair in `ablation_temporal_pooling`.",
     reason="no direction is claimed; the changes are in outputs/evidence/ablation_temporal_pooling_pairs.csv", command="study run ablation_temporal_pooling -p seeds 5")
+
+# %% ../../nbs/evidence/rules_da.ipynb #bdb29998
 base("DA-38", "The text has no numbers.", reason="compares full-scale runs on 6 to 18 GPUs with published ones", full=ON_KINETICS,
     command="study run ablation_tam -p data kinetics400 -p models i3d,tam,tsn -p backbone resnet50 -p width 1.0 -p frames 32 -p where slurm -p seeds 5")
+
+# %% ../../nbs/evidence/rules_da.ipynb #9466ba62
 base("DA-39", "The schedule that starts from half the frames is 0.4 to 0.6 of the one from ImageNet. That it loses nothing is not printed.",
     printed=tuple(ratio(f"16 over 8 frames, epochs, {d}", epochs(16, d), epochs(8, d), 0.4, 0.6) for d in ("Mini-SSV2;Mini-MiT", "Mini-Kinetics")),
     reason="see ablation_frames", command="study run ablation_frames -p seeds 5", full=(Training("mini_ssv2", "tam_resnet50", 16, times=2),))

@@ -21,93 +21,150 @@ ALL = ["R(2+1)D", "R3D", *MIXED, *REVERSED, *FLAT]
 LEVELS = ("clip_top1", "video_top1")
 NAMES = {"R(2+1)D": "r2plus1d", "f-R2D": "fr2d"}
 
+# %% ../../nbs/evidence/rules_rp.ipynb #7a58afb4
 def t2(model, metric="clip_top1"):
     "Point at a cell of Table 2: 18 layers, 8 frames."
     return dict(paper="r2plus1d", locator="Table 2", model=model, metric=metric)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #4a9ea6d5
 def at(table, model, metric="top1", **more):
     "Point at a cell of Tables 3 to 5."
     return dict(paper="r2plus1d", locator=f"Table {table}", model=model, metric=metric, **more)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #a5a03f6c
 def text(section, metric, **more):
     "Point at a number in the text."
     return dict(paper="r2plus1d", locator=section, metric=metric, **more)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #843cafb3
 def net(model, metric="macs", frames=8):
     "Point at a count: 18 layers, 112 pixels, 400 classes."
     return cost(f"{NAMES.get(model, model.lower())}_18", metric, frames, 112)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #22b84b6e
 def above(a, others, low=0.0, high=float("inf"), levels=LEVELS):
     "State that a network is above others in Table 2."
     return tuple(gap(f"{a} - {b}, {m}", t2(a, m), t2(b, m), low, high) for m in levels for b in others)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #b69556b1
 def trained(*models, layers=18, frames=8, protocol="r2plus1d"):
     "Price training from scratch."
     return tuple(Training(protocol, f"{NAMES.get(m, m.lower())}_{layers}", frames, 112) for m in models)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #a400a9a4
 HERE = dict(reason="see ablation_convolutions", command="study run ablation_convolutions -p seeds 5")
 
 # %% ../../nbs/evidence/rules_rp.ipynb #6149ff89
 base("RP-01", "R3D is above both 2D networks.", printed=above("R3D", FLAT), full=trained("R3D", *FLAT), **HERE)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #60df5962
 base("RP-02", "R3D and all mixed networks are 1.7 to 5 points above both 2D networks in clip accuracy.",
     printed=tuple(s for m in ("R3D", *MIXED, *REVERSED) for s in above(m, FLAT, 1.65, 5.05, LEVELS[:1])), full=trained(*ALL[1:]), **HERE)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #8357904c
 base("RP-03", "The mean of MC2 to MC5 is 3 to 4 points above the mean of the 2D networks in clip accuracy.",
     printed=(Statement("mean of MCx - mean of 2D", tuple((1 / len(MIXED), t2(m)) for m in MIXED) + tuple((-1 / len(FLAT), t2(m)) for m in FLAT), 3, 4),), full=trained(*MIXED, *FLAT), **HERE,
     note="Pair by pair the differences go from 2.4 (MC2 and f-R2D) to 5.0 (MC3 and R2D).")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #28207e32
 base("RP-04", "MC2 to MC5 are at most half a point below R3D in clip accuracy with 0.28 to 0.4 of its parameters, and MC3 is above it.",
     printed=above("MC3", ["R3D"]) + tuple(s for m in MIXED for s in (*above(m, ["R3D"], -0.5, levels=LEVELS[:1]), ratio(f"{m} / R3D, parameters", t2(m, "params"), t2("R3D", "params"), 0.28, 0.4))),
     rebuilt=tuple(ratio(f"{m} / R3D, weights", net(m, "weights"), net("R3D", "weights"), 0.28, 0.4) for m in MIXED), full=trained("R3D", *MIXED), **HERE,
     note="MC5 has half of R3D's parameters (16.9 of 33.4 M), not a third. For MC2 to MC4 the sentence is true.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #c5441f4f
 base("RP-05", "R(2+1)D is 2 to 3.9 points above every mixed and 3D network in clip accuracy, and above all in video accuracy; the 3.9 of the text is its largest gap to those it names (MC2 to MC5, R3D).",
     printed=above("R(2+1)D", ["R3D", *MIXED, *REVERSED], 1.95, 3.95, LEVELS[:1]) + above("R(2+1)D", ALL[1:], levels=LEVELS[1:])
         + (Statement("stated largest gap - gap to MC2", ((1, text("Sec. 4.2 text", "clip_top1_delta_max", variant="18; vs MC2-MC5/R3D")), (-1, t2("R(2+1)D")), (1, t2("MC2"))), -0.05, 0.05),),
     full=trained(*ALL), **HERE, note="Among MC2 to MC5 and R3D the largest gap is 3.2 (MC2). 3.9 is the gap to rMC5, which the sentence does not name. The order itself is as claimed.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #7388ef42
 base("RP-06", "R(2+1)D is 5.6 to 7 points above the 2D networks in clip accuracy.", printed=above("R(2+1)D", FLAT, 5.55, 7.05, LEVELS[:1]), full=trained("R(2+1)D", *FLAT), **HERE)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #0c093eb6
 base("RP-07", "MCx is above rMCx for x from 2 to 5 in clip accuracy.", printed=tuple(gap(f"{a} > {b}", t2(a), t2(b)) for a, b in zip(MIXED, REVERSED)), full=trained(*MIXED, *REVERSED), **HERE,
     note="At video level MC2 is below rMC2 (60.6 and 60.8); the text speaks of clips here.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #a5592127
 base("RP-08", "MC3 is above every other mixed network.", printed=above("MC3", [m for m in MIXED + REVERSED if m != "MC3"]), full=trained(*MIXED, *REVERSED), **HERE)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #626c9602
 base("RP-09", "Every other network is above R2D.", printed=tuple(gap(f"{m} > R2D, {k}", t2(m, k), t2("R2D", k)) for k in LEVELS for m in ALL[:-1]), full=trained(*ALL), **HERE)
 
 # %% ../../nbs/evidence/rules_rp.ipynb #b97bd3e0
 base("RP-10", "Every other network takes more multiply-adds than R2D.", rebuilt=tuple(gap(f"{m} > R2D, multiply-adds", net(m), net("R2D")) for m in ALL[:-1]))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #fb3141f6
 base("RP-11", "Printed: MCx and rMCx, which complement each other, together have the parameters of R3D and f-R2D, within 0.2 M. Rebuilt: every parameter count of Table 2 is ours at the precision of print.",
     printed=tuple(Statement(f"{a} + {b} - R3D - f-R2D, parameters", ((1, t2(a, "params")), (1, t2(b, "params")), (-1, t2("R3D", "params")), (-1, t2("f-R2D", "params"))), -0.2, 0.2) for a, b in zip(MIXED, REVERSED)),
     rebuilt=(prints("r2plus1d", locator="Table 2", metric="params"),), note="MC5 counts 16.846 M and is printed as 16.9; the authors' own model list prints 16.8. The other eleven agree.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #9490d2ce
 BLOCKS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512))
 def factor(cin, cout, **more): return dict(fact="factorised_weights", cin=cin, cout=cout, **more)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #f5b46aaf
 base("RP-12", "R(2+1)D and R3D differ by less than 1 % in parameters, and so does each (2+1)D convolution of the blocks from the 3D one.",
     printed=(ratio("R(2+1)D / R3D, parameters", t2("R(2+1)D", "params"), t2("R3D", "params"), 0.99, 1.01),),
     rebuilt=(ratio("R(2+1)D / R3D, weights", net("R(2+1)D", "weights"), net("R3D", "weights"), 0.99, 1.01), *(number_in(f"(2+1)D / 3D weights, {a} to {b} channels", factor(a, b), 0.99, 1.01) for a, b in BLOCKS)))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #853b1c93
 SPATIAL, TEMPORAL, WHOLE = ({m: text("Appendix text", m, model=model, variant=variant) for m in metrics} for model, variant, metrics in (
     ("R(2+1)D", "conv1 spatial", ("num_filters", "kernel_spatial")), ("R(2+1)D", "conv1 temporal", ("num_filters", "kernel_temporal")), ("R3D", "conv1", ("num_filters", "kernel_temporal", "kernel_spatial"))))
 SQUARE = [SPATIAL["kernel_spatial"]] * 2
 STEM = Statement("weights of the (2+1)D stem - 0.95 of the 3D stem's, for colour", (
     (3, share_of(SPATIAL["num_filters"], *SQUARE)), (1, share_of(SPATIAL["num_filters"], TEMPORAL["num_filters"], TEMPORAL["kernel_temporal"])),
     (-0.95 * 3, share_of(WHOLE["num_filters"], WHOLE["kernel_temporal"], *SQUARE))), 0)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #16ffd626
 base("RP-13", "The stem with 45 filters has at least 95 % of the weights of R3D's, and the formula of Sec. 3.5 gives 45.", printed=(STEM,),
     rebuilt=(number_in("(2+1)D / 3D weights of the stem", dict(fact="factorised_weights", cin=3, cout=64, mid=45, d=7), 0.95, 1.05), number_in("filters by the formula", dict(fact="formula_filters", cin=3, cout=64, d=7), 44.5, 45.5)),
     note="45 filters make 15,255 weights of 28,224. The formula gives 83. The printed 33.3 M of the network comes out only with 45, so 45 is what was trained.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #865c4d9d
 base("RP-14", "R(2+1)D passes 1.95 to 2.05 times as many ReLUs as R3D.", rebuilt=(ratio("R(2+1)D / R3D, ReLUs", dict(fact="relus", model="r2plus1d_18"), dict(fact="relus", model="r3d_18"), 1.95, 2.05),))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #740d4279
 base("RP-15", "Multiply-adds of R(2+1)D over R3D lie in [0.95, 1.05].", rebuilt=(ratio("R(2+1)D / R3D, multiply-adds", net("R(2+1)D"), net("R3D"), 0.95, 1.05),))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #f4e67a4b
 base("RP-16", "rMC3 takes fewer multiply-adds than f-R2D.", rebuilt=(gap("f-R2D > rMC3, multiply-adds", net("f-R2D"), net("rMC3")),))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #ba74d2a6
 base("RP-17", "rMC2 takes more multiply-adds than rMC3.", rebuilt=(gap("rMC2 > rMC3, multiply-adds", net("rMC2"), net("rMC3")),),
     note="The reason in the text, a missing stride in group 3, contradicts its own definition of rMCx; by that definition rMC2 has 3D convolutions in group 2.")
 
 # %% ../../nbs/evidence/rules_rp.ipynb #80f21ab0
 def last(model): return dict(fact="last_frames", model=f"{NAMES.get(model, model.lower())}_18")
 def stated(model): return text("Sec. 4.1 text", "out_t", model=model)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #b0585a50
 base("RP-18", "The last map has as many frames as the text says for f-R2D, R3D and R(2+1)D (printed: R3D's in Table 1 too), and between 1 and 8 for mixed networks.",
     printed=(gap("R3D, Table 1 - text", at(1, "R3D", "out_t", variant="18; conv5_x"), stated("R3D"), -0.5, 0.5),),
     rebuilt=tuple(gap(f"{m}, ours - text", last(m), stated(m), -0.5, 0.5) for m in ("f-R2D", "R3D", "R(2+1)D")) + tuple(number_in(f"frames of {m}", last(m), 0.5, 8.5) for m in MIXED + REVERSED))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #d2a21f86
 ORDER = (2, 3, 0, 1, 6, 7, 4, 5)
 def moved(model): return dict(fact="moved", model=model, order=ORDER)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #ecb6dcea
 base("RP-19", "f-R2D gives the same answer when frames change places; R2D does not, and has one frame left behind its first layer.",
     rebuilt=(number_in("change of a logit, f-R2D", moved("fr2d_18"), high=1e-9), number_in("change of a logit, R2D", moved("r2d_18"), 1e-6), number_in("frames behind R2D's first layer", dict(fact="stem_frames", model="r2d_18"), 0.5, 1.5)))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #7d4a351f
 base("RP-20", "R(2+1)D is 2.75 to 2.85 points above R3D in video accuracy, of which the text beside the figure speaks.",
     printed=above("R(2+1)D", ["R3D"], 2.75, 2.85, LEVELS[1:]), full=trained("R(2+1)D", "R3D"), **HERE, note="Table 2 gives 2.7 at video level (63.9 - 61.2) and 3.1 at clip level; the caption of Fig. 3 says 2.8.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #2dc720d7
 FIGURE = "The figure has no numbers. "
+
+# %% ../../nbs/evidence/rules_rp.ipynb #fe871d0b
 base("RP-21", FIGURE + "R(2+1)D's training error must be below R3D's at the end.", full=trained("R(2+1)D", "R3D"), **HERE)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #2f429e0f
 base("RP-22", FIGURE + "R(2+1)D's test error must be below R3D's at 18 and at 34 layers.", full=trained("R(2+1)D", "R3D") + trained("R(2+1)D", "R3D", layers=34), **HERE)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #0319f4a8
 base("RP-23", FIGURE + "The gap in training error must be larger at 34 layers than at 18.", full=trained("R(2+1)D", "R3D") + trained("R(2+1)D", "R3D", layers=34), **HERE)
 
 # %% ../../nbs/evidence/rules_rp.ipynb #383927eb
@@ -115,18 +172,36 @@ LENGTHS = (8, 16, 24, 32, 40, 48)
 FRAMES = dict(reason="see ablation_frames", command="study run ablation_frames -p models r2plus1d -p seeds 5")
 BY_LENGTH = tuple(t for f in LENGTHS for t in trained("R(2+1)D", frames=f))
 def longer(pretrain): return text("Sec. 4.3 text", "clip_top1", frames=32, pretrain=pretrain)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #bdb2fcd2
 base("RP-24", FIGURE + "Each longer clip must be above the shorter one in clip accuracy.", full=BY_LENGTH, **FRAMES)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #ee0c8a28
 base("RP-25", "The peak is stated (24 frames), the accuracies are only drawn. 24 frames must be above 8 and above 48 in video accuracy.", full=BY_LENGTH, **FRAMES)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #1b1c6eb4
 base("RP-26", "The text has no number. What averaging clips adds must fall from the shortest to the longest clips.", full=BY_LENGTH, **FRAMES)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #e735dd87
 base("RP-27", "The difference is stated (2.6), the accuracies are not. Tested on 4 times the frames, a model must lose accuracy.", full=trained("R(2+1)D"), **FRAMES)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #4a0b8672
 base("RP-28", "The finetuned model is less than 2 points below the one from scratch, and 4.4 above 8 frames, as the text says.",
     printed=(gap("from scratch - finetuned", longer("none"), longer("8-frame model"), 0, 2),
              Statement("finetuned - 8 frames - stated", ((1, longer("8-frame model")), (-1, t2("R(2+1)D")), (-1, text("Sec. 4.3 text", "clip_top1_delta", pretrain="8-frame model"))), -0.05, 0.05)),
     full=trained("R(2+1)D") + trained("R(2+1)D", "R(2+1)D", frames=32), **FRAMES)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #cb7e9c90
 base("RP-29", "32 frames from scratch are 5.5 to 6.5 points above 8.", printed=(gap("32 - 8 frames", longer("none"), t2("R(2+1)D"), 5.5, 6.5),), full=trained("R(2+1)D") + trained("R(2+1)D", frames=32), **FRAMES)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #626f99f8
 base("RP-30", "32 frames take 7.25 to 7.35 times the multiply-adds of 8.", rebuilt=(ratio("32 / 8 frames, multiply-adds", net("R(2+1)D", frames=32), net("R(2+1)D"), 7.25, 7.35),),
     note="The factor is 4.00: every convolution grows in proportion to the frames. 7.3 is not reproducible from the network as defined.")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #fab83878
 base("RP-31", "Parameters are equal from 8 to 48 frames.", rebuilt=tuple(gap(f"{f} - 8 frames, parameters", net("R(2+1)D", "params", f), net("R(2+1)D", "params"), -0.5, 0.5) for f in LENGTHS[1:]))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #6dd6329c
 base("RP-32", "The text has no number. 224 pixels must be less than 2 points from 112.", reason="no number is printed, and the embedded videos have no detail at that size",
     command="study run ablation_convolutions -p data kinetics400 -p image_size 224 -p models r2plus1d -p width 1.0 -p seeds 5", full=trained("R(2+1)D") + (Training("r2plus1d", "r2plus1d_18", 8, 224),))
 
@@ -134,13 +209,23 @@ base("RP-32", "The text has no number. 224 pixels must be less than 2 points fro
 SPORTS = dict(reason="needs Sports-1M", command="study run ablation_convolutions -p data sports1m -p models r2plus1d,r3d -p layers 34 -p width 1.0 -p seeds 5", full=trained("R(2+1)D", layers=34, frames=32, protocol="sports1m"))
 OTHERS = ("C3D", "P3D", "2D ResNet-152", "R3D")
 def sports(metric="clip_top1", frames=32, modality="RGB"): return at(3, "R(2+1)D", metric, frames=frames, modality=modality)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #7cf32802
 base("RP-33", "The differences of Table 3 are those of the text, within the precision of print.",
     printed=tuple(Statement(f"R(2+1)D - {m} - stated", ((1, sports()), (-1, at(3, m, "clip_top1")), (-1, text("Sec. 4.4 text", "clip_top1_delta", variant=f"34; vs {m}"))), -0.05, 0.05) for m in OTHERS), **SPORTS)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #6b462450
 base("RP-34", "R(2+1)D-34 is above the networks of 152 layers, with fewer than half their layers (68 where each pair counts as two).",
     printed=tuple(gap(f"R(2+1)D > {m}", sports(), at(3, m, "clip_top1")) for m in ("P3D", "2D ResNet-152"))
         + tuple(ratio(f"layers / 152, counted as {n}", text("Sec. 4.4 text", "num_layers", model="R(2+1)D", value=n), text("Sec. 4.4 text", "num_layers", model="2D ResNet-152;P3D"), high=0.5) for n in ("34", "68")), **SPORTS)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #7b1f70d3
 RIVALS = [r.model for r in cells("r2plus1d", locator="Table 3", metric="video_top1").itertuples() if not r.own_result]
+
+# %% ../../nbs/evidence/rules_rp.ipynb #a085d12b
 base("RP-35", "The two-stream result with 32 frames is above every other listed video accuracy.", printed=tuple(gap(f"two-stream > {m}", sports("video_top1", 32, "RGB+Flow"), at(3, m, "video_top1")) for m in RIVALS), **SPORTS)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #718761e2
 base("RP-36", "32 frames are above 8 for colour and for flow, at clip and video level.", printed=tuple(gap(f"32 > 8 frames, {m}, {k}", sports(k, 32, m), sports(k, 8, m)) for m in ("RGB", "Flow") for k in LEVELS), **SPORTS)
 
 # %% ../../nbs/evidence/rules_rp.ipynb #3efa8a79
@@ -148,9 +233,15 @@ MODALITY = dict(reason="see ablation_modality", command="study run ablation_moda
 def kinetics(modality, pretrain="none", model="R(2+1)D"): return at(4, model, modality=modality, pretrain=pretrain)
 def small(dataset, modality, pretrain="Kinetics", model="R(2+1)D"): return at(5, model, dataset=dataset, modality=modality, pretrain=pretrain)
 SETS = {"Sports-1M": lambda m: sports("video_top1", 32, m), "Kinetics": kinetics, "UCF101": lambda m: small("UCF101", m), "HMDB51": lambda m: small("HMDB51", m)}
+
+# %% ../../nbs/evidence/rules_rp.ipynb #c42255fc
 base("RP-37", "Colour is above flow on Sports-1M (also at clip level), Kinetics and UCF101, and below it on HMDB51.",
     printed=tuple(gap(f"RGB - flow, {d}", at_("RGB"), at_("Flow"), *((0, 100) if d != "HMDB51" else (-100, 0))) for d, at_ in SETS.items()) + (gap("RGB - flow, Sports-1M, clip", sports(), sports(modality="Flow")),), **MODALITY)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #1ac51b22
 FROM_SPORTS = {"Kinetics, from Sports-1M": lambda m: kinetics(m, "Sports-1M"), "UCF101, from Sports-1M": lambda m: small("UCF101", m, "Sports-1M"), "HMDB51, from Sports-1M": lambda m: small("HMDB51", m, "Sports-1M")}
+
+# %% ../../nbs/evidence/rules_rp.ipynb #c2282eea
 base("RP-38", "Both streams together are above each of them, on every dataset and from both pretrainings.",
     printed=tuple(gap(f"both > {m}, {d}", at_("RGB+Flow"), at_(m)) for d, at_ in {**SETS, **FROM_SPORTS}.items() for m in ("RGB", "Flow")), **MODALITY)
 
@@ -159,19 +250,38 @@ def stated_gap(a, b, variant, pretrain, modality):
     "State that two cells of Table 4 differ by what the text says."
     return Statement(f"R(2+1)D - I3D - stated, {modality}, {pretrain}", ((1, a), (-1, b), (-1, text("Sec. 4.4 text", "top1_delta", variant=variant, pretrain=pretrain, modality=modality))), -0.05, 0.05)
 
+# %% ../../nbs/evidence/rules_rp.ipynb #38ee4c61
 WITH = dict(reason="compares with results of other authors", command="study run ablation_modality -p data kinetics400 -p models r2plus1d -p layers 34 -p width 1.0 -p seeds 5", full=trained("R(2+1)D", layers=34, frames=32))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #f737a99e
 base("RP-39", "From scratch R(2+1)D is 4.5 points above I3D, as the text says.", printed=(stated_gap(kinetics("RGB"), kinetics("RGB", model="I3D"), "34; vs I3D", "none", "RGB"),), **WITH)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #40ad36be
 base("RP-40", "From Sports-1M R(2+1)D is 2.2 (colour) and 3.2 (flow) points above I3D from ImageNet, as the text says.",
     printed=tuple(stated_gap(kinetics(m, "Sports-1M"), kinetics(m, "ImageNet", "I3D"), "34; vs I3D", "Sports-1M", m) for m in ("RGB", "Flow")), **WITH)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #46df8448
 base("RP-41", "With two streams R(2+1)D is 0.3 points below I3D, as the text says.", printed=(stated_gap(kinetics("RGB+Flow", "Sports-1M"), kinetics("RGB+Flow", "ImageNet", "I3D"), "34; two-stream; vs I3D", "Sports-1M", "RGB+Flow"),), **WITH)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #1888fe95
 base("RP-42", "From Sports-1M it is above from scratch for colour, flow and both.", printed=tuple(gap(f"Sports-1M - scratch, {m}", kinetics(m, "Sports-1M"), kinetics(m)) for m in ("RGB", "Flow", "RGB+Flow")), **SPORTS)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #d117bba3
 BOTH_SETS, STREAMS = ("UCF101", "HMDB51"), ("RGB", "Flow", "RGB+Flow")
+
+# %% ../../nbs/evidence/rules_rp.ipynb #98c8f30a
 base("RP-43", "From Kinetics it is above from Sports-1M on UCF101 and HMDB51, for each stream and both.",
     printed=tuple(gap(f"Kinetics > Sports-1M, {d}, {m}", small(d, m), small(d, m, "Sports-1M")) for d in BOTH_SETS for m in STREAMS), **SPORTS)
+
+# %% ../../nbs/evidence/rules_rp.ipynb #600ab9de
 LISTED = [(d, r.model, r.pretrain) for d in BOTH_SETS for r in cells("r2plus1d", locator="Table 5", metric="top1", dataset=d).itertuples() if not r.own_result and r.model != "I3D"]
+
+# %% ../../nbs/evidence/rules_rp.ipynb #abea20f5
 base("RP-44", "With both streams it is above every listed method on UCF101 and HMDB51, but for I3D, which is above it.",
     printed=tuple(gap(f"R(2+1)D > {m}, {d}", small(d, "RGB+Flow"), at(5, m, dataset=d, pretrain=p)) for d, m, p in LISTED)
         + tuple(gap(f"I3D > R(2+1)D, {d}", small(d, "RGB+Flow", "ImageNet+Kinetics", "I3D"), small(d, "RGB+Flow")) for d in BOTH_SETS), **WITH | dict(command="study run transfer -p target ucf101 -p models r2plus1d -p seeds 5"))
+
+# %% ../../nbs/evidence/rules_rp.ipynb #51db74eb
 base("RP-45", "From Kinetics it is at most half a point below I3D on colour, and below it on flow, on both sets.",
     printed=tuple(s for d in BOTH_SETS for s in (gap(f"RGB, R(2+1)D - I3D, {d}", small(d, "RGB"), small(d, "RGB", "ImageNet+Kinetics", "I3D"), -0.5), gap(f"flow, I3D - R(2+1)D, {d}", small(d, "Flow", "ImageNet+Kinetics", "I3D"), small(d, "Flow")))),
     **WITH | dict(command="study run ablation_modality -p data ucf101 -p seeds 5"))

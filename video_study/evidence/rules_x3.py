@@ -17,23 +17,30 @@ from .terms import cost, fast, gap, number_in, prints, ratio, share_of
 DENSE = dict(S="no CW conv", XL="no CW conv")
 MATCHED = dict(S="no CW conv (same FLOPs, gamma_b=0.6)", XL="no CW conv (same FLOPs, gamma_b=0.56)")
 
+# %% ../../nbs/evidence/rules_x3.ipynb #8b4566aa
 def a1(size, variant="", metric="top1"):
     "Point at a cell of Table A.1."
     return dict(paper="x3d", locator=f"Table A.1({dict(S='a', XL='b')[size]})", model=f"X3D-{size}", variant=variant, metric=metric)
 
+# %% ../../nbs/evidence/rules_x3.ipynb #a9f80da4
 def text(section, metric, **more):
     "Point at a number in the text."
     return dict(paper="x3d", locator=section, metric=metric, **more)
 
+# %% ../../nbs/evidence/rules_x3.ipynb #35f209ef
 INPUT = dict(S=dict(frames=13, size=160), XL=dict(frames=16, size=312))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #c64518e5
 def net(size, metric="macs", **options):
     "Point at a count of X3D-S or X3D-XL."
     return cost(f"x3d_{size.lower()}", metric, **INPUT[size], **options)
 
+# %% ../../nbs/evidence/rules_x3.ipynb #82d7b6a1
 def full(*variants, sizes=("S", "XL")):
     "Price X3D-S and X3D-XL in some variants."
     return tuple(Training("x3d", f"x3d_{s.lower()}", INPUT[s]["frames"], INPUT[s]["size"], v) for s in sizes for v in ((), *variants))
 
+# %% ../../nbs/evidence/rules_x3.ipynb #e98ddef1
 NO_SE, NO_SWISH, NO_CW = (("se", False),), (("swish", False),), (("channelwise", False),)
 MOBILE = "study run ablation_mobile -p data kinetics400 -p width 1.0 -p seeds 5"
 
@@ -41,80 +48,133 @@ MOBILE = "study run ablation_mobile -p data kinetics400 -p width 1.0 -p seeds 5"
 base("X3-01", "Multiply-adds lie in [1.8 G, 2.2 G] and weights are below 4 M.",
     printed=(number_in("FLOPs of X3D-S, G", a1("S", metric="flops"), 1.8, 2.2), number_in("parameters of X3D-S, M", a1("S", metric="params"), high=4)),
     rebuilt=(number_in("multiply-adds of X3D-S", net("S"), 1.8e9, 2.2e9), number_in("weights of X3D-S", net("S", "weights"), high=4e6), prints("x3d", model="X3D-S", variant="", metric=["flops", "params"])))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #7956fc35
 base("X3-02", "Multiply-adds lie in [35 G, 37 G] and weights in [10.5 M, 11.5 M].",
     printed=(number_in("FLOPs of X3D-XL, G", a1("XL", metric="flops"), 35, 37), number_in("parameters of X3D-XL, M", a1("XL", metric="params"), 10.5, 11.5)),
     rebuilt=(number_in("multiply-adds of X3D-XL", net("XL"), 35e9, 37e9), number_in("weights of X3D-XL", net("XL", "weights"), 10.5e6, 11.5e6), prints("x3d", model="X3D-XL", variant="", metric=["flops", "params"])))
 
+# %% ../../nbs/evidence/rules_x3.ipynb #6287b666
 def _against(says, size, variant, bounds, options):
     "Compare a variant with its model in print and in our counts."
     return dict(printed=tuple(ratio(f"{says}, {m}, X3D-{size}", a1(size, variant, m), a1(size, metric=m), *b) for m, b in zip(("flops", "params"), bounds)),
                 rebuilt=tuple(ratio(f"{says}, {m}, X3D-{size}", net(size, m, **dict(options)), net(size, m), *b) for m, b in zip(("macs", "weights"), bounds)))
 
+# %% ../../nbs/evidence/rules_x3.ipynb #bfb85cd6
 def _join(*parts): return {k: sum((p[k] for p in parts), ()) for k in ("printed", "rebuilt")}
 
+# %% ../../nbs/evidence/rules_x3.ipynb #8744d7d0
 base("X3-03", "Without channel-wise convolutions X3D-S costs 8.5 to 9.5 times as much and has 5.5 to 6.5 times the weights.", **_against("dense / channel-wise", "S", "no CW conv", ((8.5, 9.5), (5.5, 6.5)), NO_CW))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #c20be556
 base("X3-04", "Without channel-wise convolutions X3D-XL costs 9.5 to 10.5 times as much and has 8.5 to 9.5 times the weights.", **_against("dense / channel-wise", "XL", "no CW conv", ((9.5, 10.5), (8.5, 9.5)), NO_CW))
 
 # %% ../../nbs/evidence/rules_x3.ipynb #f7ac2b6d
 base("X3-05", "With those bottleneck ratios the dense variants cost 0.95 to 1.05 times what the originals do.",
     **_join(*(_against("dense and narrow / original", s, MATCHED[s], ((0.95, 1.05),), (*NO_CW, ("bottleneck", r))) for s, r in (("S", 0.6), ("XL", 0.56)))))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #46e08e6e
 base("X3-06", "Without SE multiply-adds are the same (printed: the same digits; rebuilt: within 0.1 %), and 4 % to 6 % of the weights are gone.",
     printed=tuple(s for z in ("S", "XL") for s in (gap(f"FLOPs with - without SE, X3D-{z}", a1(z, metric="flops"), a1(z, "no SE", "flops"), -0.005, 0.005),
                                                    ratio(f"parameters without / with SE, X3D-{z}", a1(z, "no SE", "params"), a1(z, metric="params"), 0.94, 0.96))),
     rebuilt=tuple(s for z in ("S", "XL") for s in (ratio(f"multiply-adds without / with SE, X3D-{z}", net(z, se=False), net(z), 0.999, 1.0),
                                                    ratio(f"weights without / with SE, X3D-{z}", net(z, "weights", se=False), net(z, "weights"), 0.94, 0.96))))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #4efe4a02
 base("X3-07", "With ReLU for swish multiply-adds and weights are the same.",
     printed=tuple(gap(f"{m} with swish - with ReLU, X3D-{z}", a1(z, metric=m), a1(z, "no swish", m), -0.005, 0.005) for z in ("S", "XL") for m in ("flops", "params")),
     rebuilt=tuple(gap(f"{m} with swish - with ReLU, X3D-{z}", net(z, m), net(z, m, swish=False), -0.5, 0.5) for z in ("S", "XL") for m in ("macs", "weights")))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #3873a809
 def video(views, metric="video_flops", model="X3D-S"): return text("Sec. B text", metric, model=model, views=views, variant="")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #8ceff6f1
 base("X3-08", "The cost of a video over that of a clip is the number of clips, within 2 %.",
     printed=tuple(ratio(f"{k} clips / one clip", video(k), a1("S", metric="flops"), 0.98 * k, 1.02 * k) for k in (3, 10)), rebuilt=(prints("x3d", model="X3D-S", metric="video_flops"),))
 
 # %% ../../nbs/evidence/rules_x3.ipynb #40ca7e61
 def printed_factor(name, variant): return text("Sec. A.3 text (expansion)", f"expand_gamma_{name}", variant=variant)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #a4c01d35
 def growth(axis, factor, low=1.8, high=2.2, starts=("x2d", "m")):
     "State that growing a factor as printed about doubles the cost."
     return tuple(number_in(f"multiply-adds after / before, {axis}, from {s}", dict(fact="grown", start=s, axis=axis, factor=factor), low, high) for s in starts)
 
+# %% ../../nbs/evidence/rules_x3.ipynb #dc3e0948
 base("X3-09", "Each step of the published expansion from X2D to X3D-XL multiplies the cost by 1.8 to 2.2.",
     rebuilt=(number_in("largest factor of a step", dict(fact="step", largest=True), high=2.2), number_in("smallest factor of a step", dict(fact="step", largest=False), low=1.8)))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #da7ac7f9
 RATE, SPAN = (text("Sec. A.3 text (expansion)", f"expand_{what}", variant="X-Temporal") for what in ("frame_rate", "duration"))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #bf56495e
 base("X3-10", "Both temporal axes double the frames: stride times frames is 1 for X-Fast; for X-Temporal frame rate times duration is 1.9 to 2.1, and frame rate times stride 0.95 to 1.05.",
     printed=(number_in("X-Fast: stride x frames", share_of(printed_factor("tau", "X-Fast"), printed_factor("t", "X-Fast")), 0.95, 1.05),
              number_in("X-Temporal: frame rate x duration", share_of(RATE, SPAN), 1.9, 2.1), number_in("X-Temporal: frame rate x stride", share_of(RATE, printed_factor("tau", "X-Temporal")), 0.95, 1.05)),
     rebuilt=growth("frames", printed_factor("t", "X-Fast")) + growth("frames", printed_factor("t", "X-Temporal"), starts=("s",)),
     note="The text gives X-Temporal a frame rate and a duration of 1.5 times each, which is 2.25 times the frames; with its own stride factor of 0.75 the rate is 1.33, and 1.33 x 1.5 is 2.")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #43338af9
 base("X3-11", "A crop larger by the printed factor costs 1.8 to 2.2 times as much.", rebuilt=growth("size", printed_factor("s", "X-Spatial")),
     note="From X3D-S, whose 160 pixels become 226, it is 2.23: odd sizes are rounded up in every stage.")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #c1cfe97f
 base("X3-12", "A depth larger by the printed factor costs 1.8 to 2.2 times as much.", rebuilt=growth("depth", printed_factor("d", "X-Depth")))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #823cb468
 base("X3-13", "A width larger by the printed factor costs 1.8 to 2.2 times as much.", rebuilt=growth("width", printed_factor("w", "X-Width")),
     note="Twice the width costs 3.4 to 3.7 times as much, since a pointwise convolution grows with the square. What doubles the cost is 1.45 times the width, as between X3D-L and X3D-XL.")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #779c5339
 base("X3-14", "A bottleneck wider by the printed factor costs 1.8 to 2.2 times as much.", rebuilt=growth("bottleneck", printed_factor("b", "X-Bottleneck")))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #9608fff4
 AFTER, BEFORE = (text("Sec. A.3 text (expansion)", f"num_input_frames_{when}") for when in ("after", "before"))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #248d5bd8
 base("X3-15", "From one frame to two the cost of X2D grows 1.9 to 2.1 times.", printed=(ratio("frames after / before", AFTER, BEFORE, 1.95, 2.05),), rebuilt=growth("frames", AFTER, 1.9, 2.1, ("x2d",)))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #0340525f
 KINETICS = [text("Sec. A.3 text", m) for m in ("iterations", "batch_size", "epochs", "num_videos")]
 AVA = [text("Sec. A.1 text", "iterations", dataset="AVA"), KINETICS[1], text("Sec. A.1 text", "epochs", dataset="AVA"), text("Sec. A.1 text", "num_clips", dataset="AVA")]
 SCHEDULES = tuple(ratio(f"iterations x batch / (epochs x videos), {name}", share_of(*w[:2]), share_of(*w[2:]), 0.99, 1.01) for name, w in (("Kinetics", KINETICS), ("AVA", AVA)))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #f9ab57c5
 base("X3-16", "Iterations times batch over epochs times videos is 1 within 1 %, for both schedules (AVA's batch is not printed: that of Kinetics). The rebuilt verdict is the same arithmetic, as no network is involved.",
     printed=SCHEDULES, rebuilt=SCHEDULES)
 
 # %% ../../nbs/evidence/rules_x3.ipynb #ded615b4
 KINETICS_ONLY = dict(reason="an accuracy on Kinetics", command=MOBILE)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #6b3b4b67
 base("X3-17", "X3D-S is in [72.5, 73.5].", printed=(number_in("X3D-S, top-1", a1("S"), 72.5, 73.5),), full=full(sizes=("S",)), **KINETICS_ONLY)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #4b55794f
 base("X3-18", "X3D-XL is above 78.", printed=(number_in("X3D-XL, top-1", a1("XL"), 78),), full=full(sizes=("XL",)), **KINETICS_ONLY)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #384422e9
 base("X3-19", "X3D-XL is more than 2 points above X3D-S in top-1 and in top-5.", printed=tuple(gap(f"XL - S, {m}", a1("XL", metric=m), a1("S", metric=m), 2) for m in ("top1", "top5")),
     reason="says something about networks of 2 G and 36 G on Kinetics", command=MOBILE, full=full())
 
+# %% ../../nbs/evidence/rules_x3.ipynb #19ff43f1
 def loss(size, variant): return ((1, a1(size)), (-1, a1(size, variant)))
 def minus(terms): return tuple((-c, w) for c, w in terms)
 HERE = dict(reason="see ablation_mobile", command="study run ablation_mobile -p seeds 5")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #430c163a
 base("X3-20", "At equal cost dense convolutions lose X3D-S more than 3 points.", printed=(Statement("loss of X3D-S", loss("S", MATCHED["S"]), 3),), full=full((*NO_CW, ("bottleneck", 0.6)), sizes=("S",)), **HERE)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #760a71a6
 base("X3-21", "They lose X3D-XL more than 0, and less than they lose X3D-S.",
     printed=(Statement("loss of X3D-XL", loss("XL", MATCHED["XL"]), 0), Statement("loss of S - loss of XL", loss("S", MATCHED["S"]) + minus(loss("XL", MATCHED["XL"])), 0)),
     full=full((*NO_CW, ("bottleneck", 0.56)), sizes=("XL",)), **HERE)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #a86bcb97
 base("X3-22", "At any cost they gain, less than 2 points, and more for X3D-XL.",
     printed=tuple(Statement(f"gain of X3D-{s}", minus(loss(s, DENSE[s])), 0, 2) for s in ("S", "XL")) + (Statement("gain of XL - gain of S", minus(loss("XL", DENSE["XL"])) + loss("S", DENSE["S"]), 0),),
     full=full(NO_CW), **HERE)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #961028c2
 base("X3-23", "In both dense variants top-1 is higher and top-5 is not.",
     printed=tuple(s for z in ("S", "XL") for s in (gap(f"top-1, dense - original, X3D-{z}", a1(z, DENSE[z]), a1(z)), gap(f"top-5, dense - original, X3D-{z}", a1(z, DENSE[z], "top5"), a1(z, metric="top5"), -1, 0.05))),
     full=full(NO_CW), **HERE)
@@ -133,27 +193,54 @@ def beats(ours, theirs, low, high):
     k, csn = ours, theirs
     return (gap(f"X3D-S with {k} clips > {csn}", video(k, "top1"), video(10, "top1", csn)), ratio(f"{csn} / X3D-S with {k} clips, cost of a video", video(10, model=csn), video(k), low, high))
 
+# %% ../../nbs/evidence/rules_x3.ipynb #df57aad0
 CSN = dict(reason="compares with results of other authors", command="study run ablation_test_clips -p data kinetics400 -p models x3d_s -p width 1.0 -p seeds 5", full=full(sizes=("S",)))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #d7242fcf
 base("X3-28", "X3D-S with 3 clips is above CSN-50, which costs 18 to 22 times as much.", printed=beats(3, "CSN-50", 18, 22), **CSN)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #cc633167
 base("X3-29", "X3D-S with 10 clips is above CSN-101, which costs 7 to 9 times as much.", printed=beats(10, "CSN-101", 7, 9), **CSN)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #0660a9ad
 base("X3-30", "The largest factor printed at no lower accuracy is 18 to 22.", printed=beats(3, "CSN-50", 18, 22), **CSN)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #459f8f66
 base("X3-31", "10 clips are above 3. That returns fall is shown in a figure without numbers.", printed=(gap("X3D-S, 10 - 3 clips", video(10, "top1"), video(3, "top1")),),
     reason="see ablation_test_clips", command="study run ablation_test_clips -p seeds 5", full=full(sizes=("S",)))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #03f02396
 base("X3-32", "The figure has no numbers. Ranks on test and validation videos must be equal.", reason="the labels of the test set were private, and the results are shown only in a figure", command=MOBILE, full=full())
 
 # %% ../../nbs/evidence/rules_x3.ipynb #488b97ee
 TRAIN = "study run ablation_mobile -p data kinetics400 -p recipe x3d -p width 1.0 -p seeds 5"
 NO_NUMBER = dict(reason="no accuracy is printed, and the effect is one of long training on Kinetics")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #8abe29e5
 base("X3-33", "The text has no accuracy. Groups of 16 clips must be above groups of 8 in batch normalisation.", command=TRAIN, full=full(sizes=("S", "S")), **NO_NUMBER)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #80004438
 base("X3-34", "The text has no accuracy. Without the smaller batch and drop-connect the gap between training and validation must grow.", command=TRAIN, full=full(sizes=("XL", "XL")), **NO_NUMBER)
+
+# %% ../../nbs/evidence/rules_x3.ipynb #ef47cddb
 base("X3-35", "The text has no number. Runs without the last activation must diverge more often.", reason="no number is printed, and divergences of 128-GPU training do not show at this size", command=TRAIN, full=full(sizes=("S", "S")))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #0fff19b9
 base("X3-36", "Peak memory in training with SE and swish in every block is above that of X3D as it is.", command="study run speed -p device cuda",
     rebuilt=(gap("peak memory, SE and swish everywhere - as specified", fast("x3d_m everywhere", "peak_memory", mode="training"), fast("x3d_m", "peak_memory", mode="training")),))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #3294fee0
 base("X3-37", "The text has no number. Started from its plain counterpart the non-local network must reach a given loss in fewer epochs.", reason="no number is printed",
     command="study run ablation_pretraining -p data kinetics400 -p models slowfast -p width 1.0 -p seeds 5", full=(Training("kinetics", "slowfast_resnet50", 32, times=2),))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #76ac4b96
 base("X3-38", "The text has no accuracy. Charades at twice the stride must be above the Kinetics stride.", reason="no accuracy is printed; see transfer for multi-label training", command="study run transfer -p target charades -p seeds 5",
     full=full(sizes=("S",)))
+
+# %% ../../nbs/evidence/rules_x3.ipynb #1c5c82de
 def detector(metric): return text("Sec. A.1 text", metric, model="Faster R-CNN person detector")
+
+# %% ../../nbs/evidence/rules_x3.ipynb #2091e3f2
 base("X3-39", "AP at 50 % overlap is above 90, and recall and precision at the threshold are less than a point apart.",
     printed=(number_in("AP@50", detector("ap50"), 90), gap("recall - precision", detector("recall"), detector("precision"), -1, 1)),
     reason="needs the published boxes and the labels of AVA", command="study run transfer -p target ava -p seeds 5")

@@ -93,14 +93,15 @@ def tally(
 ) -> pd.DataFrame:  # one row a paper and one for all; one column a kind and verdict
     "Count claims by paper and verdict."
     rows = {SHORT[p]: book[book["paper"] == p] for p in PAPERS} | {"all": book}
-    return pd.DataFrame({(k, v): [int((g[k] == v).sum()) for g in rows.values()] for k, vs in SHOWN.items() for v in vs}, index=list(rows)).assign(claims=[len(g) for g in rows.values()])
+    counts = {("claims", ""): [len(g) for g in rows.values()]}
+    return pd.DataFrame(counts | {(k, v): [int((g[k] == v).sum()) for g in rows.values()] for k, vs in SHOWN.items() for v in vs}, index=list(rows))
 
 # %% ../../nbs/evidence/summary.ipynb #57a5990d
 def claim_map() -> str:  # markdown
     "Write how the claims stand as a compact table: a row a paper, a column a verdict."
     counts = tally(read_ledger())
     head = "| paper | claims | " + " | ".join(f"{k}: {v}" for k, vs in SHOWN.items() for v in vs) + " |"
-    rows = [f"| {paper} | {int(row['claims'].iloc[0])} | " + " | ".join(str(row[k, v]) for k, vs in SHOWN.items() for v in vs) + " |" for paper, row in counts.iterrows()]
+    rows = [f"| {paper} | {row['claims', '']} | " + " | ".join(str(row[k, v]) for k, vs in SHOWN.items() for v in vs) + " |" for paper, row in counts.iterrows()]
     return "\n".join([head, "|---|" + "---:|" * (head.count("|") - 2), *rows])
 
 # %% ../../nbs/evidence/summary.ipynb #d6c30d71

@@ -18,8 +18,10 @@ def _comment(lines, number):
     found = re.search(r"\s#\s(.*)$", lines[number - 1])
     return found[1].strip() if found else ""
 
+# %% ../../nbs/launch/reference.ipynb #fb5420cb
 def _default(node): return "" if node is None else ast.unparse(node)
 
+# %% ../../nbs/launch/reference.ipynb #3181f1ac
 def parameters_of(
     f: ast.FunctionDef,
     lines: list,  # of its file
@@ -53,6 +55,7 @@ def _returned(f, lines):
     while line > f.lineno and not lines[line - 1].lstrip().startswith(")"): line -= 1
     return _default(f.returns), _comment(lines, line) if line > f.lineno or f.returns else ""
 
+# %% ../../nbs/launch/reference.ipynb #66880fe6
 def public(
     path: Path,  # of a module
 ) -> list:  # (name, node, lines of the file) in the order written
@@ -69,6 +72,7 @@ def _table(rows):
     cells = "".join(f"<tr><td><code>{escape(n)}</code></td><td><code>{escape(t)}</code></td><td>{'<code>' + escape(d) + '</code>' if d else ''}</td><td>{escape(c)}</td></tr>" for n, t, d, c in rows)
     return f"<table><thead><tr><th>parameter</th><th>type</th><th>default</th><th>what it is</th></tr></thead><tbody>{cells}</tbody></table>"
 
+# %% ../../nbs/launch/reference.ipynb #f617ee81
 def entry(
     name: str,
     node,  # of a function or class
