@@ -68,6 +68,7 @@ class Sources(NamedTuple):
     @property
     def kept(self): return fit_short_side(*self.size, self.short_side)  # (height, width) in the packs
 
+# %% ../../nbs/data/benchmark.ipynb #4e502f8d
 def make_sources(
     folder,  # where to
     videos: int = 4,
@@ -92,6 +93,7 @@ class Job(NamedTuple):
     video: int  # its number in the sources
     frames: np.ndarray  # (T,) numbers
 
+# %% ../../nbs/data/benchmark.ipynb #1e25c493
 def jobs(
     src: Sources,
     clips: int,  # how many
@@ -108,26 +110,31 @@ def jobs(
 def _cut(frames, size):  # (T, H, W, 3) uint8 -> (T, size, size, 3)
     return apply_box(torch.as_tensor(frames), center(None, *frames.shape[1:3], size), size)
 
+# %% ../../nbs/data/benchmark.ipynb #9d3c00e7
 def from_video(src: Sources, job: Job, size: int, decoder="decord"):
     "Decode only what is needed, at the size that is needed."
     return _cut(read(src.videos[job.video], job.frames, src.short_side, decoder, size=src.size), size)
 
+# %% ../../nbs/data/benchmark.ipynb #f9f617dc
 def from_pack(src: Sources, job: Job, size: int, kind="jpeg"):
     "Read frames of a pack."
     return _cut(read(getattr(src, kind)[job.video], job.frames, src.short_side, size=src.kept), size)
 
+# %% ../../nbs/data/benchmark.ipynb #8ed819a1
 def _ours(decoder): return lambda src, job, size: from_video(src, job, size, decoder)
 
 # %% ../../nbs/data/benchmark.ipynb #933b7fc5
 def _scaled(frames, src: Sources):  # (T, 3, H, W) uint8 -> the same at the size of the packs
     return frames if frames.shape[2:] == src.kept else F.interpolate(frames, src.kept, mode="bilinear", antialias=True)
 
+# %% ../../nbs/data/benchmark.ipynb #13eac7e3
 def decord_full(src: Sources, job: Job, size: int):
     "Use decord as its documentation shows, then scale."
     import decord
     frames = torch.from_numpy(decord.VideoReader(src.videos[job.video]).get_batch(job.frames).asnumpy())
     return _cut(_scaled(frames.permute(0, 3, 1, 2), src).permute(0, 2, 3, 1), size)
 
+# %% ../../nbs/data/benchmark.ipynb #41abd10a
 def torchcodec_full(src: Sources, job: Job, size: int):
     "Use torchcodec as its documentation shows, then torchvision's transforms."
     from torchcodec.decoders import VideoDecoder
@@ -135,6 +142,7 @@ def torchcodec_full(src: Sources, job: Job, size: int):
     frames = VideoDecoder(src.videos[job.video]).get_frames_at(job.frames.tolist()).data
     return v2.Compose([v2.Resize(src.short_side, antialias=True), v2.CenterCrop(size)])(frames).permute(0, 2, 3, 1)
 
+# %% ../../nbs/data/benchmark.ipynb #063589d9
 def pyav_full(src: Sources, job: Job, size: int):
     "Decode everything with PyAV and pick, then torchvision's transforms."
     import av
@@ -158,6 +166,7 @@ def pytorchvideo_dataset(src: Sources, job: Job, size: int, fps=30):
 # %% ../../nbs/data/benchmark.ipynb #771167dc
 _SEA = {}
 
+# %% ../../nbs/data/benchmark.ipynb #c9f3fc4c
 def copy_bytes(src: Sources, job: Job, size: int):
     "Copy the bytes of a clip within the memory."
     if (len(job.frames), size) not in _SEA: _SEA[len(job.frames), size] = torch.randint(0, 255, (8, len(job.frames), size, size, 3), dtype=torch.uint8)
@@ -204,6 +213,7 @@ def measure(
             for name in ways: seen[name].append(_round(WAYS[name], src, clips, size, budget)); bar.update()
     return {name: dict(clips_per_second=median(1 / wall for wall, _ in told), cpu_ms=median(1000 * cpu for _, cpu in told)) for name, told in seen.items()}
 
+# %% ../../nbs/data/benchmark.ipynb #701f616b
 def _round(way, src, clips, size, budget):  # seconds and seconds of the processor that a clip takes
     wall, cpu = time.perf_counter(), time.process_time()
     for done, job in enumerate(clips, 1):
@@ -233,6 +243,7 @@ def resident_mb() -> float:
     "Look up how much memory this process holds (Linux)."
     with open("/proc/self/statm") as f: return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
+# %% ../../nbs/data/benchmark.ipynb #24055945
 def memory_over(
     src: Sources,
     videos: int,  # to be opened, the same ones again and again

@@ -32,12 +32,14 @@ def history(
 # %% ../../nbs/evidence/curves.ipynb #e3e0504a
 BOTH = "+"  # between the keys of two runs whose scores are averaged
 
+# %% ../../nbs/evidence/curves.ipynb #ccbb806c
 def _raw(key, protocol):
     "Read the scores of a run by video: scores (N, classes), labels (N,)."
     with np.load(outputs() / "runs" / key / "scores.npz", allow_pickle=False) as f:
         order = np.argsort(f["video_ids"])
         return f["video_ids"][order], f[protocol][order], f["labels"][order]
 
+# %% ../../nbs/evidence/curves.ipynb #62156c45
 def _right(key, protocol):
     "Say for every video whether two runs together got it right."
     import torch
@@ -48,8 +50,10 @@ def _right(key, protocol):
 # %% ../../nbs/evidence/curves.ipynb #a2d2d131
 TRAINING = "training"  # protocol of accuracies from the log
 
+# %% ../../nbs/evidence/curves.ipynb #435de1b5
 def training_name(data): return f"{data}, {TRAINING}"  # of the training videos of a dataset
 
+# %% ../../nbs/evidence/curves.ipynb #1ecddd41
 def with_training(
     runs: pd.DataFrame,  # from `collect`, one protocol
 ) -> pd.DataFrame:  # twice as many rows
@@ -57,6 +61,7 @@ def with_training(
     last = history(runs).groupby("key")["error"].last()
     return pd.concat([runs, runs.assign(data=runs["data"].map(training_name), protocol=TRAINING, top1=100 - runs["key"].map(last))], ignore_index=True)
 
+# %% ../../nbs/evidence/curves.ipynb #674e48d6
 def scores_of(
     keys,  # runs
     protocol: str,  # how test videos were scored, or `TRAINING`
@@ -127,6 +132,7 @@ def _limit(ax, percent, at=0.985):
     ax.axvline(percent, color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
     ax.text(percent - 0.4, at, "order-blind ceiling", transform=ax.get_xaxis_transform(), rotation=90, fontsize=9.5, ha="right", va="top")
 
+# %% ../../nbs/evidence/curves.ipynb #dde00c57
 def _ours(ax, group, runs, systems, ceiling=None, says=""):
     "Draw a panel of ours."
     seeds = int(group["seeds"].min())
@@ -135,6 +141,7 @@ def _ours(ax, group, runs, systems, ceiling=None, says=""):
     rows_ours(ax, group, runs, systems)
     if ceiling is not None: _limit(ax, ceiling)
 
+# %% ../../nbs/evidence/curves.ipynb #71a2ba5f
 def _printed(ax, group, systems):
     "Draw a panel of a paper's."
     _row_axis(ax, systems, group["panel"].iloc[0], group["says"].iloc[0])
@@ -217,6 +224,7 @@ def plot_convolutions(
         fig.get_layout_engine().set(w_pad=0.14, h_pad=0.12)
         return fig
 
+# %% ../../nbs/evidence/curves.ipynb #a2872c8b
 def _depth(ax, log, table, depth):
     "Draw the curves of the networks that have more than one depth, or of the pair that the paper draws."
     rows = table[(table["backbone"] == depth) & table["system"].isin(["r3d", "r2plus1d"])]

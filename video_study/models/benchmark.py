@@ -38,13 +38,14 @@ def in_rounds(
             if r: seconds[name].append(time.perf_counter() - start)
     return seconds
 
-# %% ../../nbs/models/benchmark.ipynb #8f3ab326
+# %% ../../nbs/models/benchmark.ipynb #b4331c29
 def spread(
     values,  # numbers
 ) -> dict:  # value (the median), low and high (the smallest and the largest)
     "Sum up rounds."
     return dict(value=median(values), low=min(values), high=max(values))
 
+# %% ../../nbs/models/benchmark.ipynb #16b9a396
 def ratios(
     seconds: dict,  # from `in_rounds`
     slow: str,  # name
@@ -53,7 +54,7 @@ def ratios(
     "Compare two candidates round by round."
     return spread([a / b for a, b in zip(seconds[slow], seconds[fast])])
 
-# %% ../../nbs/models/benchmark.ipynb #5b44f935
+# %% ../../nbs/models/benchmark.ipynb #da780cd7
 @dataclass
 class Place:
     "Where and how to compute."
@@ -63,7 +64,7 @@ class Place:
     def wait(self): torch.cuda.synchronize() if self.device == "cuda" else None
     def autocast(self): return torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
-# %% ../../nbs/models/benchmark.ipynb #9d5b9686
+# %% ../../nbs/models/benchmark.ipynb #2034710e
 def inference(
     model: nn.Module,  # on the device
     clips: torch.Tensor,  # (B, C, T, H, W) on the device
@@ -75,7 +76,7 @@ def inference(
         with torch.inference_mode(), place.autocast(): return model(clips)
     return run
 
-# %% ../../nbs/models/benchmark.ipynb #c971f959
+# %% ../../nbs/models/benchmark.ipynb #29f2d971
 def training(
     model: nn.Module,  # on the device
     clips: torch.Tensor,  # (B, C, T, H, W) on the device
@@ -93,7 +94,7 @@ def training(
 
 MODES = dict(inference=inference, training=training)
 
-# %% ../../nbs/models/benchmark.ipynb #86bd35ad
+# %% ../../nbs/models/benchmark.ipynb #8417b5bb
 class TextbookTAM(nn.Module):
     "TAM as in its authors' code: convolve each frame three times, shift two of the results, add up."
     def __init__(self, tam):
@@ -107,7 +108,7 @@ class TextbookTAM(nn.Module):
         nothing = torch.zeros_like(now[:, :1])
         return F.relu(torch.cat([nothing, before[:, :-1]], 1) + now + torch.cat([after[:, 1:], nothing], 1)).flatten(0, 1)
 
-# %% ../../nbs/models/benchmark.ipynb #5f09dfc2
+# %% ../../nbs/models/benchmark.ipynb #f717a4f7
 class Depthwise3dTAM(nn.Module):
     "TAM as one depthwise 3D convolution."
     def __init__(self, tam):
@@ -118,7 +119,7 @@ class Depthwise3dTAM(nn.Module):
 
     def forward(self, x): return fold(F.relu(self.conv(unfold(x, self.frames).contiguous())))
 
-# %% ../../nbs/models/benchmark.ipynb #4392139b
+# %% ../../nbs/models/benchmark.ipynb #567ee6c5
 class TextbookShift(nn.Module):
     "TSM as in its authors' code: copy the three parts into a tensor of zeros."
     def __init__(self, shift):
@@ -133,7 +134,7 @@ class TextbookShift(nn.Module):
         out[:, :, 2 * n:] = x[:, :, 2 * n:]
         return out.flatten(0, 1)
 
-# %% ../../nbs/models/benchmark.ipynb #7839bb36
+# %% ../../nbs/models/benchmark.ipynb #3cf6a7ee
 def textbook(
     model: nn.Module,  # a 2D network over frames; left as it is
     kind: type,  # what its modules of time become
@@ -147,21 +148,23 @@ def textbook(
     model.maps = lambda x: model.backbone(fold(x).contiguous())
     return model
 
-# %% ../../nbs/models/benchmark.ipynb #d44acd09
+# %% ../../nbs/models/benchmark.ipynb #addcc067
 TORCHVISION = {name: options for name, options in (("r3d_18", {}), ("mc3_18", {}), ("r2plus1d_18", dict(mid_channels="block")))}
 PYTORCHVIDEO = dict(x3d_xs=("x3d_xs", 4, 160), x3d_s=("x3d_s", 13, 160), x3d_m=("x3d_m", 16, 224), x3d_l=("x3d_l", 16, 312), slow_resnet50=("slow_r50", 8, 224), slowfast_resnet50=("slowfast_r50", 32, 224))
 
+# %% ../../nbs/models/benchmark.ipynb #ae80cdca
 def _torchvision(name):
     import torchvision
     return getattr(torchvision.models.video, name)(weights=None, num_classes=400), (3, 16, 112, 112), dict(bn_eps=1e-5, **TORCHVISION[name])
 
+# %% ../../nbs/models/benchmark.ipynb #4731e59c
 def _pytorchvideo(name):
     from pytorchvideo.models import hub
     theirs, frames, size = PYTORCHVIDEO[name]
     options = dict(head_activation=None) if name.startswith("x3d") else {}
     return getattr(hub, theirs)(**options), (3, frames, size, size), dict(shortcut_bn=False) if name.startswith("x3d") else {}
 
-# %% ../../nbs/models/benchmark.ipynb #57cc362f
+# %% ../../nbs/models/benchmark.ipynb #9c57dea1
 class Pathways(nn.Module):
     "pytorchvideo's SlowFast, given one clip: it wants the two pathways' frames picked by its user."
     def __init__(self, net, alpha=4): super().__init__(); self.net, self.alpha = net, alpha
@@ -169,7 +172,7 @@ class Pathways(nn.Module):
         slow = torch.linspace(0, x.shape[2] - 1, x.shape[2] // self.alpha, device=x.device).long()
         return self.net([x[:, :, slow], x])
 
-# %% ../../nbs/models/benchmark.ipynb #19c45b62
+# %% ../../nbs/models/benchmark.ipynb #7f0681d4
 def with_peer(
     name: str,  # a key of TORCHVISION or PYTORCHVIDEO
 ) -> tuple:  # our network, the peer's, and the clip both take
@@ -181,7 +184,7 @@ def with_peer(
         ours = create_model(name, num_classes=400, frames=shape[1], weights=Path(folder) / "peer.pth", **options)
     return ours, Pathways(peer) if name.startswith("slowfast") else peer, shape
 
-# %% ../../nbs/models/benchmark.ipynb #b7f579a6
+# %% ../../nbs/models/benchmark.ipynb #fac1e4cb
 def limits(
     place: Place = Place(),
     side: int = 2048,  # of the square matrices
@@ -195,7 +198,7 @@ def limits(
     found = in_rounds(dict(product=lambda: a @ b, copy=lambda: target.copy_(source)), rounds, place.wait)
     return dict(operations_per_second=spread([2 * side**3 / s for s in found["product"]]), bytes_per_second=spread([2 * 4 * source.numel() / s for s in found["copy"]]))
 
-# %% ../../nbs/models/benchmark.ipynb #108a6882
+# %% ../../nbs/models/benchmark.ipynb #875121c1
 def fits(
     work: Callable,  # batch -> function to try
     batch: int,
@@ -206,6 +209,7 @@ def fits(
     finally: torch.cuda.empty_cache()
     return True
 
+# %% ../../nbs/models/benchmark.ipynb #74b33dbd
 def largest(
     fits: Callable,  # batch -> bool, once false always false
     most: int = 4096,  # where to stop
@@ -219,7 +223,7 @@ def largest(
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
-# %% ../../nbs/models/benchmark.ipynb #ca3b3d3a
+# %% ../../nbs/models/benchmark.ipynb #48b2e70d
 @dataclass
 class Candidate:
     "A network in the form in which it is measured."
@@ -228,13 +232,14 @@ class Candidate:
     fast: bool = True  # ours: batch norm folded in inference, and channels innermost in memory where that was measured to pay
     like: str | None = None  # name of the candidate whose answers it must give
 
-# %% ../../nbs/models/benchmark.ipynb #a02ece62
+# %% ../../nbs/models/benchmark.ipynb #dca40e76
 def laid_out(model, clips):
     "Put the channels innermost in memory, in the weights of 2D and 3D convolutions and in the clips."
     for p in model.parameters():
         if p.ndim in (4, 5): p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d)
     return model, clips.contiguous(memory_format=torch.channels_last_3d)
 
+# %% ../../nbs/models/benchmark.ipynb #2118680c
 def prepared(
     candidate: Candidate,
     mode: str,  # "inference" or "training"
@@ -248,7 +253,7 @@ def prepared(
     if candidate.fast and innermost: model, clips = laid_out(model, clips)
     return MODES[mode](model, clips, place)
 
-# %% ../../nbs/models/benchmark.ipynb #04d68e37
+# %% ../../nbs/models/benchmark.ipynb #b27aaa3b
 def check_answers(
     candidates: list,
     clips: torch.Tensor,
@@ -264,7 +269,7 @@ def check_answers(
         far = ((got - wanted).abs().max() / wanted.abs().max()).item()
         if not far < 1e-3: raise StudyError(f"{c.name} answers otherwise than {c.like}: the largest difference is {far:.1e} of the largest logit; their times say nothing")
 
-# %% ../../nbs/models/benchmark.ipynb #c7e267ce
+# %% ../../nbs/models/benchmark.ipynb #8e7ffcae
 def measure(
     candidates: list,  # that take the same clips
     shape: tuple,  # (C, T, H, W) of a clip

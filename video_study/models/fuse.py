@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['folded', 'Readers', 'pairs', 'Folded', 'fuse', 'unfuse']
 
-# %% ../../nbs/models/fuse.ipynb #d3ae678f
+# %% ../../nbs/models/fuse.ipynb #b0ba1b1f
 from collections import Counter, defaultdict
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..core import StudyError
 from .cost import meta_copy
 
-# %% ../../nbs/models/fuse.ipynb #09fe2011
+# %% ../../nbs/models/fuse.ipynb #b1feb399
 @torch.no_grad()
 def folded(
     conv: nn.Module,  # a convolution
@@ -30,7 +30,7 @@ def folded(
     weight = conv.weight * scale.view(-1, *[1] * (conv.weight.ndim - 1))
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
-# %% ../../nbs/models/fuse.ipynb #8aec9cfa
+# %% ../../nbs/models/fuse.ipynb #50e6af9c
 class Readers(TorchDispatchMode):
     "Count the operations that read each watched memory."
     def __init__(self): super().__init__(); self.count, self.kept = Counter(), []
@@ -47,7 +47,7 @@ class Readers(TorchDispatchMode):
         for name in {self.name(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} & set(self.count): self.count[name] += 1
         return out
 
-# %% ../../nbs/models/fuse.ipynb #9087dc8d
+# %% ../../nbs/models/fuse.ipynb #16a1808d
 def _watched(model, clip):
     "Run a copy without numbers; yield who made what every norm read, and what every convolution made."
     made, read, outputs, copy = {}, defaultdict(list), defaultdict(list), meta_copy(model)
@@ -60,7 +60,7 @@ def _watched(model, clip):
         copy(torch.empty(1, *clip, device="meta"))
     return made, read, outputs, readers.count
 
-# %% ../../nbs/models/fuse.ipynb #b660eec2
+# %% ../../nbs/models/fuse.ipynb #25267b7c
 def pairs(
     model: nn.Module,  # left as it is
     clip: tuple | None = None,  # (channels, frames, height, width) to run on; None: as its `spec` says
@@ -75,7 +75,7 @@ def pairs(
         if conv and sorted(outputs[conv]) == sorted(inputs) and all(count[i] == 1 for i in inputs): found[norm] = conv
     return found
 
-# %% ../../nbs/models/fuse.ipynb #e8e59ecf
+# %% ../../nbs/models/fuse.ipynb #cde2ca42
 class Folded(nn.Identity):
     "The place of a batch norm that was folded."
     def __init__(self,
@@ -96,11 +96,12 @@ class Folded(nn.Identity):
         conv.weight, conv.bias = (p if p is None or p.device == device else nn.Parameter(p.to(device)) for p in (weight, bias))
         return norm.to(device).eval()
 
-# %% ../../nbs/models/fuse.ipynb #6e73687f
+# %% ../../nbs/models/fuse.ipynb #814bf85b
 def _put(model, name, module):
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
+# %% ../../nbs/models/fuse.ipynb #ab482516
 def fuse(
     model: nn.Module,  # changed in place, and put into evaluation
     clip: tuple | None = None,  # (channels, frames, height, width) it takes; None: as its `spec` says
@@ -109,6 +110,7 @@ def fuse(
     for norm, conv in pairs(model.eval(), clip).items(): _put(model, norm, Folded(model.get_submodule(conv), model.get_submodule(norm)))
     return model
 
+# %% ../../nbs/models/fuse.ipynb #cf1a5e2a
 def unfuse(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same model, as it was before `fuse`, in evaluation

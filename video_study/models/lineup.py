@@ -28,19 +28,19 @@ def tam_group(
     return [Candidate("tsn_resnet50", tsn), Candidate("tam_resnet50", tam, like=like), Candidate(like, textbook(tam, TextbookTAM), fast=False),
             Candidate("tam_resnet50 depthwise3d", textbook(tam, Depthwise3dTAM), fast=False, like=like)], (3, frames, size, size)
 
-# %% ../../nbs/models/lineup.ipynb #f5db1c0b
+# %% ../../nbs/models/lineup.ipynb #cc4fb59b
 def tsm_group(width: float = 1.0, frames: int = 8, size: int = 224) -> tuple:  # candidates, shape of their clips
     "TSM against its textbook form."
     tsm, like = create_model("tsm_resnet50", num_classes=400, frames=frames, width=width), "tsm_resnet50 textbook"
     return [Candidate("tsm_resnet50", tsm, like=like), Candidate(like, textbook(tsm, TextbookShift), fast=False)], (3, frames, size, size)
 
-# %% ../../nbs/models/lineup.ipynb #6010bc94
+# %% ../../nbs/models/lineup.ipynb #a2227eed
 def table1_group(width: float = 1.0, frames: int = 32, size: int = 256) -> tuple:  # candidates, shape of their clips
     "The networks of Deep Analysis, Table 1."
     made = [("tsn_resnet50 temporal_pooling", "tsn_resnet50", dict(temporal_pooling=True)), ("tam_resnet50", "tam_resnet50", {}), ("i3d_resnet50", "i3d_resnet50", {}), ("slowfast_resnet50", "slowfast_resnet50", dict(alpha=4))]
     return [Candidate(name, create_model(model, num_classes=400, frames=frames, width=width, **options)) for name, model, options in made], (3, frames, size, size)
 
-# %% ../../nbs/models/lineup.ipynb #6b4dc753
+# %% ../../nbs/models/lineup.ipynb #921ed82e
 def peer_group(
     name: str,  # a key of TORCHVISION or PYTORCHVIDEO
 ) -> tuple:  # candidates, shape of their clips
@@ -49,21 +49,23 @@ def peer_group(
     like = f"{name} {'torchvision' if name in TORCHVISION else 'pytorchvideo'}"
     return [Candidate(name, ours, like=like), Candidate(like, peer, fast=False)], shape
 
+# %% ../../nbs/models/lineup.ipynb #dcd33a62
 PEERS = [*TORCHVISION, *PYTORCHVIDEO]
 SIZED = dict(tam=tam_group, tsm=tsm_group, table1=table1_group)
 GROUPS = [*SIZED, *PEERS]
 
-# %% ../../nbs/models/lineup.ipynb #b727bda4
+# %% ../../nbs/models/lineup.ipynb #558758e0
 def cost_rows(candidates, shape):
     told = dict(mode="", batch=1, frames=shape[1], size=shape[2])
     return [dict(model=c.name, quantity="multiply_adds", value=count(c.model, shape).macs) | told for c in candidates if c.fast]
 
+# %% ../../nbs/models/lineup.ipynb #b0521fd8
 def largest_batches(candidates, shape, place):
     "Find the largest batch of each candidate in inference, on a GPU."
     def work(c): return lambda n: prepared(c, "inference", torch.zeros(n, *shape, device=place.device), place, True)
     return [dict(model=c.name, mode="inference", batch="", frames=shape[1], size=shape[2], quantity="largest_batch", value=largest(lambda n: fits(work(c), n))) for c in candidates]
 
-# %% ../../nbs/models/lineup.ipynb #6549ac91
+# %% ../../nbs/models/lineup.ipynb #1ff4df0b
 def peak_rows(candidates, shape, batch, place):
     "Measure the peak of memory of a training step, on a GPU."
     rows = []
@@ -73,7 +75,7 @@ def peak_rows(candidates, shape, batch, place):
         rows.append(dict(model=c.name, mode="training", batch=batch, frames=shape[1], size=shape[2], quantity="peak_memory", value=torch.cuda.max_memory_allocated()))
     return rows
 
-# %% ../../nbs/models/lineup.ipynb #dfa4df69
+# %% ../../nbs/models/lineup.ipynb #d6816ea7
 def measure_group(
     name: str,  # one of GROUPS
     place: Place,
@@ -89,7 +91,7 @@ def measure_group(
     gc.collect()
     return [dict(group=name) | row for row in rows]
 
-# %% ../../nbs/models/lineup.ipynb #af153992
+# %% ../../nbs/models/lineup.ipynb #a29ec15f
 def against_peers(
     rows,  # of `measure_group`
     mode: str = "inference",  # or "training"
@@ -99,18 +101,19 @@ def against_peers(
     if not found: raise StudyError(f"no network was measured against a peer in {mode}; the groups with peers are {', '.join(PEERS)}")
     return geometric_mean(found)
 
-# %% ../../nbs/models/lineup.ipynb #858ec0dd
+# %% ../../nbs/models/lineup.ipynb #e716c9c5
 COLUMNS = ["group", "model", "mode", "batch", "frames", "size", "quantity", "value", "low", "high", "device", "dtype"]
 
 def limit_rows(place, **options): return [dict(group="machine", model="matrix product" if q.startswith("op") else "copy", quantity=q) | v for q, v in limits(place, **options).items()]
 
+# %% ../../nbs/models/lineup.ipynb #630974fd
 def device_name(
     place: Place,
 ) -> str:
     "Name the processor that computes."
     return torch.cuda.get_device_name() if place.device == "cuda" else environment()["cpu"]
 
-# %% ../../nbs/models/lineup.ipynb #4a3dc634
+# %% ../../nbs/models/lineup.ipynb #65e09c0c
 def main(
     argv: list | None = None,  # the words after the module's name
 ) -> int:  # exit code

@@ -55,6 +55,7 @@ def on_grid(
     low, high = big.amin((1, 2, 3), keepdim=True), big.amax((1, 2, 3), keepdim=True)
     return (big - low) / (high - low).clamp_min(1e-12)
 
+# %% ../../nbs/training/activation.ipynb #6fb0da56
 def alike(
     a: torch.Tensor,  # (B, T, H, W)
     b: torch.Tensor,  # likewise
