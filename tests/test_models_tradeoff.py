@@ -42,7 +42,7 @@ def trained(dataset, tmp_path_factory):
     from video_study.training.mutual import adaptive_of
     from video_study.training.setup import make_clips
     exp = resolve(experiment(model="tam_resnet18", width=0.125, data=str(dataset), frames=8, image_size=56, resize=56, flip="none",
-                             epochs=3, batch_size=8, lr=0.02, warmup_epochs=1, crop="random", mutual="0.016"))
+                             epochs=6, batch_size=8, lr=0.02, warmup_epochs=1, crop="random", mutual="0.016"))
     result = fit(exp, folder=tmp_path_factory.mktemp("run") / exp.key)
     net = adaptive_of(result)
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (net.spec.mean, net.spec.std))

@@ -69,7 +69,10 @@ class Process:
 
     def kill(self, delay=0.0):
         time.sleep(delay)
-        os.kill(self.pid, signal.SIGKILL)
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it was done before the blow fell
         return self.read()
 
     def end(self, how="done"):

@@ -253,7 +253,7 @@ def test_runs_survive_what_happens_on_a_cluster(start, here, cluster, data, tmp_
     assert "was cancelled" in table[1]["error"] and "the next call goes on from its checkpoint" in table[1]["error"], table
     assert "died" in table[2]["error"] and "before its first checkpoint" in table[2]["error"], table
     assert "Killed" in json.loads((killed / "failed.json").read_text())["details"]  # the end of its log
-    assert submitted(cluster) - arrays <= {str(int(max(arrays)) + k) for k in range(1, 4)}  # none but the urgent job
+    assert len(submitted(cluster) - arrays) <= 1  # none but the urgent job
     for process in reference:
         assert process.wait(timeout=200) == 0, process.stderr.read()
     assert same(weights(run), weights(tmp_path / "reference"))
