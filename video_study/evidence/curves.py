@@ -159,11 +159,15 @@ def plot_rows(
     groups = [g for _, g in table.groupby("panel", sort=False)]
     theirs = [] if printed is None else [g for _, g in printed.groupby("panel", sort=False)]
     systems = in_order([*table["system"], *(() if printed is None else printed["system"])])
+    count, across = len(groups) + len(theirs), min(4 if len(groups) + len(theirs) < 5 else 3, len(groups) + len(theirs))
+    down = -(-count // across)
     with look() as plt:
-        fig, axes = plt.subplots(1, len(groups) + len(theirs), figsize=(1.6 + 3.7 * (len(groups) + len(theirs)), 1.6 + 0.42 * len(systems)), sharey=True, squeeze=False, layout="constrained")
-        for ax, group in zip(axes[0], groups): _ours(ax, group, runs, systems, ceilings.get(group["panel"].iloc[0]))
-        for ax, group in zip(axes[0, len(groups):], theirs): _printed(ax, group, systems)
-        for ax in axes[0]: ax.set_xlabel("top-1 accuracy (%)")
+        fig, axes = plt.subplots(down, across, figsize=(1.6 + 3.7 * across, down * (1.6 + 0.42 * len(systems))), sharey=True, squeeze=False, layout="constrained")
+        axes = axes.flatten()
+        for ax, group in zip(axes, groups): _ours(ax, group, runs, systems, ceilings.get(group["panel"].iloc[0]))
+        for ax, group in zip(axes[len(groups):], theirs): _printed(ax, group, systems)
+        for ax in axes[:count]: ax.set_xlabel("top-1 accuracy (%)")
+        for ax in axes[count:]: ax.set_axis_off()
         fig.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         return fig
 
