@@ -80,12 +80,12 @@ def redraw_all() -> tuple:  # names of the figures that were drawn, and of those
 # %% ../../nbs/evidence/redraw.ipynb #4de366f0
 SAVES = re.compile(r"\b(save_table|save_figure|draw)\((?:\w+, )?(?:f?\"([\w{}.]+)\"|(p\.name)\b)")
 
-def expected() -> dict:  # file, relative to outputs -> notebook that leaves it
+def expected() -> dict:  # file, relative to outputs, with * where a notebook fills in a name -> notebook that leaves it
     "List the tables and figures that the study notebooks leave."
     found = {}
     for path in sorted((root() / "nbs").glob("*.ipynb")):
         code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
         for how, name, own in SAVES.findall(code):
-            name = (name or own).replace("{p.name}", path.stem).replace("p.name", path.stem)
+            name = re.sub(r"\{\w+\}", "*", (name or own).replace("{p.name}", path.stem).replace("p.name", path.stem))
             found[f"evidence/{name}.csv" if how == "save_table" else f"figures/{name}.png"] = path.stem
     return found
