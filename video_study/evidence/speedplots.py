@@ -27,7 +27,7 @@ def plot_ratios(
 ):  # matplotlib Figure
     "Draw how many times as fast each network is, in inference and in training."
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
     rows = ratio_rows(table)
     names = list(dict.fromkeys(rows["name"]))
     fig, ax = plt.subplots(figsize=(7.2, 0.9 + 0.52 * len(names)))
@@ -38,7 +38,8 @@ def plot_ratios(
         ax.plot(own["value"], y, "o", color=color, markersize=7, label=mode)
         for v, at in zip(own["value"], y): ax.annotate(f"{v:.2f}", (v, at), xytext=(0, 5 if shift < 0 else -13), textcoords="offset points", ha="center", fontsize=7, color=color)
     ax.axvline(1, color="0.4", linewidth=1, zorder=0)
-    ax.set_xscale("log"); ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}")); ax.xaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v in (0.5, 0.7, 1.5, 2, 3) else ""))
+    ax.set_xscale("log"); ax.xaxis.set_major_locator(FixedLocator([0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5]))
+    ax.xaxis.set_minor_locator(NullLocator()); ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.set_yticks(range(len(names)), names, fontsize=8); ax.invert_yaxis()
     ax.set_xlabel("times as fast (median of the rounds; line: slowest to fastest round)")
     ax.legend(frameon=False, loc="lower right", fontsize=8); ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="x", alpha=0.25)
