@@ -31,7 +31,9 @@ STYLES = dict(
     slow=Style("Slow", "#117733", "o"), slowfast=Style("SlowFast", "#332288", "o"), x3d=Style("X3D", "#AA4499", "d"),
     a3d_slow=Style("A3D-Slow", "#44AA99", "D"), a3d_slowfast=Style("A3D-SlowFast", "#6A5ACD", "D"),
     x3d_same=Style("full conv., same cost", "#CC6677", "s"), x3d_dense=Style("full conv., 6-9x cost", "#661100", "P"), x3d_relu=Style("no swish", "#B8860B", "^"),
-    x3d_plain=Style("no SE", "#4477AA", "v"), r2plus1d_flow=Style("R(2+1)D, flow", "#2166AC", "X"), twostream=Style("R(2+1)D, two streams", "#762A83", "D"))
+    x3d_plain=Style("no SE", "#4477AA", "v"), cut_width=Style("width", "#0072B2", "s"), cut_size=Style("frame size", "#E69F00", "^"),
+    cut_frames=Style("frames", "#009E73", "X"), cut_best=Style("all three", "#222222", "D"), a3d_wide=Style("A3D [0.016, 1]", "#1B7C8C", "D"), a3d_narrow=Style("A3D [0.06, 1]", "#AA4499", "o"),
+    r2plus1d_flow=Style("R(2+1)D, flow", "#2166AC", "X"), twostream=Style("R(2+1)D, two streams", "#762A83", "D"))
 
 def style(
     system: str,  # name of a system, as in the registry

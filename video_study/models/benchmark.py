@@ -7,8 +7,8 @@ __all__ = ['MODES', 'TORCHVISION', 'PYTORCHVIDEO', 'in_rounds', 'spread', 'ratio
            'TextbookTAM', 'Depthwise3dTAM', 'TextbookShift', 'textbook', 'Pathways', 'with_peer', 'limits', 'fits',
            'largest', 'Candidate', 'laid_out', 'prepared', 'check_answers', 'measure']
 
-# %% ../../nbs/models/benchmark.ipynb #269dda78
-import copy, tempfile, time
+# %% ../../nbs/models/benchmark.ipynb #5d7e1ccf
+import copy, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -157,12 +157,14 @@ def _torchvision(name):
     import torchvision
     return getattr(torchvision.models.video, name)(weights=None, num_classes=400), (3, 16, 112, 112), dict(bn_eps=1e-5, **TORCHVISION[name])
 
-# %% ../../nbs/models/benchmark.ipynb #4731e59c
+# %% ../../nbs/models/benchmark.ipynb #ec01e84e
 def _pytorchvideo(name):
-    from pytorchvideo.models import hub
     theirs, frames, size = PYTORCHVIDEO[name]
     options = dict(head_activation=None) if name.startswith("x3d") else {}
-    return getattr(hub, theirs)(**options), (3, frames, size, size), dict(shortcut_bn=False) if name.startswith("x3d") else {}
+    with warnings.catch_warnings():  # its dependencies use what newer versions of torch call old
+        warnings.simplefilter("ignore")
+        from pytorchvideo.models import hub
+        return getattr(hub, theirs)(**options), (3, frames, size, size), dict(shortcut_bn=False) if name.startswith("x3d") else {}
 
 # %% ../../nbs/models/benchmark.ipynb #9c57dea1
 class Pathways(nn.Module):
