@@ -148,6 +148,15 @@ def test_killed_while_finishing(start, exp, reference, tmp_path, event):
     assert_same(tmp_path, reference[0])
 
 
+def test_killed_between_the_last_checkpoint_and_its_log(start, exp, reference, tmp_path):
+    start(exp, tmp_path).read(lambda lines: lines[-1].startswith("save weights.pt")).kill()
+    assert not (tmp_path / "result.json").exists()
+    lines = (reference[0] / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(lines[:-1]))
+    assert start(exp, tmp_path).end().updates() == []
+    assert_same(tmp_path, reference[0])
+
+
 def test_mutual_training_killed_twice(start, dataset, tmp_path):
     """A3D-Slow: the sub-networks of an update are a function of its number, so a run that was killed draws what it would have drawn."""
     a3d = resolve(experiment(model="slow_resnet50", width=0.0625, data=str(dataset), frames=4, image_size=64, epochs=2, batch_size=4, lr=0.02, dropout=0.5, mutual="0.016", seed=3))

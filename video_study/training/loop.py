@@ -136,6 +136,7 @@ def write_run(
     "Write scores, weights and result."
     judge = (lambda name: detection_metrics(arrays, name, counted_classes(manifest))) if has_people(manifest) else lambda name: metrics(arrays[name], arrays["labels"])
     measured = {name: judge(name) for name in exp.evaluation}
+    state.save_log(folder, trainer.history)  # a process killed between its last checkpoint and the log has not written all of it
     state.save(folder / "weights.pt", dict(format=state.FORMAT, key=exp.key, experiment=exp.to_dict(), state_dict=trainer.model.state_dict()))
     state.save_scores(folder, arrays)
     seconds += sum(h["seconds"] for h in trainer.history)
