@@ -18,7 +18,8 @@ def read_table(
     path,  # of a table that `save_table` wrote
 ) -> pd.DataFrame:  # blanks in text columns are empty strings
     "Read evidence back."
-    table = pd.read_csv(path, float_precision="round_trip")
+    exact = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else dict(float_precision="round_trip")  # what 3.1 always does
+    table = pd.read_csv(path, **exact)
     text = [c for c in table if table[c].dtype == object or isinstance(table[c].dtype, pd.StringDtype)]
     return table.assign(**{c: table[c].fillna("") for c in text})
 
