@@ -122,7 +122,7 @@ def to_dict(
 ) -> dict:  # plain values; tuples become lists
     "Turn a recipe into what JSON can hold."
     kept = [f for f in fields(value) if not (f.metadata.get("added") and getattr(value, f.name) == f.default)]
-    def plain(v): return list(v) if isinstance(v, tuple) else {k: plain(x) for k, x in vars(v).items()} if is_dataclass(v) else v
+    def plain(v): return list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v
     return {f.name: plain(getattr(value, f.name)) for f in kept}
 
 # %% ../../nbs/training/recipes.ipynb #80ba35f1
