@@ -33,6 +33,8 @@ STYLES = dict(
     x3d_same=Style("full conv., same cost", "#CC6677", "s"), x3d_dense=Style("full conv., 6-9x cost", "#661100", "P"), x3d_relu=Style("no swish", "#B8860B", "^"),
     x3d_plain=Style("no SE", "#4477AA", "v"), cut_width=Style("width", "#0072B2", "s"), cut_size=Style("frame size", "#E69F00", "^"),
     cut_frames=Style("frames", "#009E73", "X"), cut_best=Style("all three", "#222222", "D"), a3d_wide=Style("A3D [0.016, 1]", "#1B7C8C", "D"), a3d_narrow=Style("A3D [0.06, 1]", "#AA4499", "o"),
+    mutual=Style("mutual training", "#AA4499", "D"), mutual_labels=Style("taught by labels", "#0072B2", "^"), cut_down=Style("cut down afterwards", "#E69F00", "v"), own_network=Style("network of its own", "#222222", "o"),
+    random_resolutions=Style("random resolutions", "#009E73", "P"), mutual_all_frames=Style("mutual, all frames", "#CC6677", "h"),
     r2plus1d_flow=Style("R(2+1)D, flow", "#2166AC", "X"), twostream=Style("R(2+1)D, two streams", "#762A83", "D"))
 
 def style(

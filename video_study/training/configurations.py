@@ -77,15 +77,16 @@ def keep(folder, found: dict):
 
 # %% ../../nbs/training/configurations.ipynb #55bb5640
 def judge(
-    result,  # of a run with mutual training
+    result,  # of a run with mutual training; of any, where a rule is given
     names,  # of configurations, from `word`
     calibration: int = 64,  # training videos that renew the statistics of normalisation
+    rule=None,  # a `Mutual` to cut down a network by that was trained without; None: the one it was trained with
 ) -> dict:  # name -> (videos,) bool; and video_ids
     "Judge a run in many configurations, once."
     found = kept(result.folder)
     missing = [n for n in dict.fromkeys(names) if n not in found]
     if not missing: return found
-    net, exp, manifest = adaptive_of(result).eval(), result.experiment, dataset(result.experiment.data)
+    net, exp, manifest = adaptive_of(result, rule).eval(), result.experiment, dataset(result.experiment.data)
     split = evaluation_split(manifest)
     for n in missing: check(net, parsed(n)[0])
     train, val = (_clips(exp, manifest, s, net.spec, v) for s, v in (("train", calibration), (split, None)))

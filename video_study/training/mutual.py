@@ -154,12 +154,13 @@ def seconds(
 
 # %% ../../nbs/training/mutual.ipynb #d7688576
 def adaptive_of(
-    result,  # of a run with mutual training
+    result,  # of a run with mutual training; of any, where a rule is given
+    rule: Mutual | None = None,  # what it is cut down by; None: what it was trained by
 ) -> Adaptive:  # uncalibrated: see `models.budget`
     "Make the adaptive network that a run has trained."
     from video_study.models.registry import create_model
     from video_study.training import state
-    exp, rule = result.experiment, result.experiment.recipe.mutual
+    exp, rule = result.experiment, rule or result.experiment.recipe.mutual
     if rule is None or not rule.subnets: raise StudyError(f"{exp.label} was trained without sub-networks; give its recipe a range, as in mutual=\"0.06\"")
     values = state.load(result.folder / "weights.pt", result.key)["state_dict"]
     model = create_model(exp.model, num_classes=num_classes(exp), frames=exp.frames, **dict(exp.model_options))
