@@ -127,10 +127,11 @@ def rows_printed(
     ax.margins(x=0.12)
 
 # %% ../../nbs/evidence/curves.ipynb #dabe540d
-def _limit(ax, percent, at=0.985):
-    "Draw what a model blind to the order of frames cannot pass."
+def _limit(ax, percent):
+    "Draw what a model blind to the order of frames cannot pass, with its name under the rows, on the side where there is room."
     ax.axvline(percent, color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
-    ax.text(percent - 0.4, at, "order-blind ceiling", transform=ax.get_xaxis_transform(), rotation=90, fontsize=9.5, ha="right", va="top")
+    left = percent < sum(ax.get_xlim()) / 2
+    ax.annotate("order-blind ceiling", (percent, 0), (5 if left else -5, 4), xycoords=ax.get_xaxis_transform(), textcoords="offset points", fontsize=9.5, ha="left" if left else "right")
 
 # %% ../../nbs/evidence/curves.ipynb #dde00c57
 def _ours(ax, group, runs, systems, ceiling=None, says=""):

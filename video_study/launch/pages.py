@@ -15,15 +15,16 @@ from .parameters import notebook_cells
 
 # %% ../../nbs/launch/pages.ipynb #3c6c274e
 ORDER = ["index", "complexity", "ablation_tam", "ablation_temporal_pooling", "ablation_pretraining", "ablation_sampling", "ablation_test_clips", "ablation_fusion", "ablation_frames",
-         "ablation_convolutions", "ablation_modality", "ablation_expansion", "ablation_mobile", "ablation_tradeoff", "ablation_mutual_training", "transfer", "features", "speed", "claims"]
-ROOMS = ["data", "models", "training", "launch", "evidence"]
+         "ablation_convolutions", "ablation_modality", "ablation_expansion", "ablation_mobile", "ablation_tradeoff", "ablation_mutual_training", "transfer", "features", "speed", "speed_input", "claims"]
+ROOMS = dict(data="from files on a disk to clips", models="every network, its weights and its cost", training="protocols, the loop, mutual training, evaluation",
+             launch="notebooks as commands, runs on this machine or a cluster, pages", evidence="published numbers, rules, verdicts, figures")
 
 def pages() -> list[Path]:  # relative to nbs/: the study in reading order, core, then the rooms
     "List the notebooks in the order they are meant to be read."
     nbs = root() / "nbs"
     found = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)]
     place = lambda names, name: names.index(name) if name in names else len(names)
-    return sorted(found, key=lambda p: (len(p.parts), p.stem == "core", place(ROOMS, p.parts[0]), place(ORDER, p.stem), p.as_posix()))
+    return sorted(found, key=lambda p: (len(p.parts), p.stem == "core", place(list(ROOMS), p.parts[0]), place(ORDER, p.with_suffix("").as_posix()), p.as_posix()))
 
 # %% ../../nbs/launch/pages.ipynb #396d02be
 def title(
@@ -39,15 +40,18 @@ class Table(str):
     "Markdown that a notebook shows as a table."
     def _repr_markdown_(self): return str(self)
 
+def _listed(paths, heads):
+    name = lambda p: p.with_suffix("").as_posix().replace("/", ".")
+    return "\n".join([heads, "|---|---|", *(f"| [{name(p)}]({p.as_posix()}) | {title(root() / 'nbs' / p)[1]} |" for p in paths)])
+
 def notebook_map(
     part: str,  # "study" or "library"
 ) -> Table:
-    "List the notebooks of the study, or of the library, with their promises."
-    rooms = {"study": [p for p in pages() if len(p.parts) == 1 and p.stem not in ("index", "core")],
-             "library": [p for p in pages() if len(p.parts) > 1 or p.stem == "core"]}
-    name = lambda p: p.with_suffix("").as_posix().replace("/", ".")
-    rows = [f"| [{name(p)}]({p.as_posix()}) | {title(root() / 'nbs' / p)[1]} |" for p in rooms[part]]
-    return Table("\n".join(["| notebook | what it shows |" if part == "study" else "| module | what it does |", "|---|---|", *rows]))
+    "List the notebooks of the study, or of the library room by room, with their promises."
+    if part == "study": return Table(_listed([p for p in pages() if len(p.parts) == 1 and p.stem not in ("index", "core")], "| notebook | what it shows |"))
+    inside = {room: [p for p in pages() if p.parts[0] == room] for room in ROOMS}
+    rooms = [f"<details><summary><b>{room}</b>: {ROOMS[room]} ({len(paths)} modules)</summary>\n\n{_listed(paths, '| module | what it does |')}\n\n</details>" for room, paths in inside.items()]
+    return Table("\n\n".join([_listed([Path("core.ipynb")], "| module | what it does |"), *rooms]))
 
 # %% ../../nbs/launch/pages.ipynb #47b8029e
 def readable(
