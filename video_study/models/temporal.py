@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'unfold', 'fold', 'Temporal', 'neighbours', 'weighted_sum', 'WeightedSum', 'TAM', 'TemporalShift',
-           'NonLocal', 'TemporalPool', 'pooled_frames']
+           'NonLocal', 'TemporalPool', 'pooled_frames', 'mirrored']
 
 # %% ../../nbs/models/temporal.ipynb #197f0e2d
 import math
@@ -178,3 +178,11 @@ def pooled_frames(
 ) -> int:  # frames that are left, at least one
     "Count the frames behind temporal poolings."
     return math.ceil(frames / 2**levels)
+
+# %% ../../nbs/models/temporal.ipynb #93ad1f26
+def mirrored(
+    frames: int,  # of the clip
+    levels: int = POOLINGS,  # poolings passed
+) -> bool:
+    "Tell whether temporal poolings of a reversed clip give the reversed result."
+    return all(t % 2 or t == 2 for t in (pooled_frames(frames, level) for level in range(levels)))
