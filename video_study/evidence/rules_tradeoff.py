@@ -51,7 +51,7 @@ declare("A3-22", "At 32 pixels a width of 0.7 is above full width, for 4 and for
     measured=tuple(compare(at(f"0.7x{f}x32"), at(f"1x{f}x32"), f"0.7x{f}x32 > 1x{f}x32") for f in (4, 2)), command=TRADEOFF)
 
 # %% ../../nbs/evidence/rules_tradeoff.ipynb #e9fe7b81
-declare("A3-31", "With the full network's statistics 0.5x2x40 is more than 5 points below what it is with its own. (That brief retraining adds less than a point is not tested.)",
+declare("A3-31", "With the full network's statistics 0.5x2x40 is more than 5 points below what it is with its own; that brief retraining adds less than a point is not tested.",
     measured=(compare(at("0.5x2x40"), at("0.5x2x40!"), "own - full network's statistics > 5 points", low=5),), command=TRADEOFF)
 
 # %% ../../nbs/evidence/rules_tradeoff.ipynb #fd43accc
