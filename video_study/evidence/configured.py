@@ -44,10 +44,11 @@ def table_in(
 # %% ../../nbs/evidence/configured.ipynb #40f88ae4
 def in_configurations(
     runs: pd.DataFrame,  # from `collect`, with `way`
-    names,  # configurations
+    names,  # configurations; or a dict of what rules call them -> what they are
 ) -> pd.DataFrame:  # the same columns and `config`; a row a run and configuration
     "Repeat runs for each configuration."
-    told = [runs.assign(config=n, key=runs["key"] + "@" + n, setting=runs["way"] + "@" + n) for n in names]
+    called = names if isinstance(names, dict) else {n: n for n in names}
+    told = [runs.assign(config=n, key=runs["key"] + "@" + of, setting=runs["way"] + "@" + n) for n, of in called.items()]
     parts = pd.concat(told, ignore_index=True)
     return parts.assign(top1=[100 * correct_in(k).mean() for k in parts["key"]])
 
