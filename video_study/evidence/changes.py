@@ -147,4 +147,5 @@ def plot_groups(
             ax.set(xlim=(36, 104), xticks=[50, 75, 100], ylim=(-0.6, len(rows) - 0.4)); ax.grid(axis="x"); ax.grid(axis="y", visible=False)
         axes[0, 0].set_yticks(range(len(rows)), [f"{style(r.system).label}{', ' + words if getattr(r, option) else ''}, {r.frames} frames" for r in rows])
         fig.supxlabel("accuracy within the pair (%)", fontsize=12)
+        plt.close(fig)
         return fig

@@ -235,7 +235,7 @@ SHORT = {"InceptionV1": "Inc.", "bLResNet-50": "R50", "bLResNet-101": "R101", "R
 
 def _label(row):
     "Name a point in a word or two."
-    model = row["model"].replace("-4x16-", " ").replace("-8x8-", " ").replace("bLVNet-TAM", "").removesuffix("-8x8")
+    model = row["model"].replace("-4x16-", " ").replace("-8x8-", " ").replace("bLVNet-TAM", "").removesuffix("-8x8").removesuffix(" R")
     return " ".join(filter(None, (model, SHORT.get(row["backbone"], ""), SHORT.get(row["variant"], ""))))
 
 # %% ../../nbs/evidence/complexity.ipynb #426f8206

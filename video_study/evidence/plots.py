@@ -186,6 +186,13 @@ def _trace(pixels):
     between = [a + t * (b - a) for a, b in zip(pixels, pixels[1:]) for t in np.linspace(0, 1, 12)]
     return [(*(p - 6), *(p + 6)) for p in pixels] + [(*(p - 2), *(p + 2)) for p in between]
 
+# %% ../../nbs/evidence/plots.ipynb #cf36d3b6
+def _ink(color):
+    "Darken a light colour until its text can be read on grey."
+    from matplotlib.colors import to_rgb
+    rgb = np.array(to_rgb(color))
+    return tuple(rgb * 0.42 / max(0.42, rgb @ [0.299, 0.587, 0.114]))
+
 # %% ../../nbs/evidence/plots.ipynb #b2adfae3
 def _name_points(ax, names, lines):
     "Write names beside points; `names` are (x, y, text, color), `lines` the (x, y) arrays of all that is drawn."
@@ -193,7 +200,7 @@ def _name_points(ax, names, lines):
     taken, window = [], ax.get_window_extent()
     for x, y in lines: taken += _trace(to_pixels(np.column_stack([x, y])))
     for x, y, text, color in sorted(names, key=lambda n: (-n[1], n[0])):
-        label = ax.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=10, color=color, ha="center", va="center")
+        label = ax.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=10, color=_ink(color), ha="center", va="center")
         extent, (px, py) = label.get_window_extent(), to_pixels((x, y))
         box, distance = _place((px, py), (extent.width, extent.height), taken, (window.x0, window.y0, window.x1, window.y1))
         cx, cy = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2

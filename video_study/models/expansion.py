@@ -160,18 +160,18 @@ def plot_walk(
 ):  # the axes
     "Draw the cost of every step on a logarithmic scale, with the published models."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(8, 4), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(8, 4.8), layout="constrained")[1]
     table, colours = walk_table(states, path), dict(zip(AXES, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00")))
     for i, row in table.iloc[1:].iterrows():
         ax.plot([i - 1, i], table["gmacs"][[i - 1, i]], color=colours[row["axis"]], lw=3)
-        ax.annotate(f"×{row['times']:.2f}", (i - .5, (table["gmacs"][i - 1] * row["gmacs"]) ** .5), (5, -10), textcoords="offset points", fontsize=8, color="0.3")
+        ax.annotate(f"×{row['times']:.2f}", (i - .5, (table["gmacs"][i - 1] * row["gmacs"]) ** .5), (6, -13), textcoords="offset points", fontsize=10.5, color="0.3")
     ax.plot(table.index, table["gmacs"], "o", color="white", mec="0.2", ms=6, zorder=3)
     for size in SIZES:
         cost = macs(published_state(size)) / 1e9
-        ax.axhline(cost, color="0.85", lw=1, zorder=0); ax.text(0, cost, f"X3D-{size.upper()}  {cost:.3g} G", va="bottom", fontsize=8)
+        ax.axhline(cost, color="0.85", lw=1, zorder=0); ax.text(0, cost, f"X3D-{size.upper()}  {cost:.3g} G", va="bottom", fontsize=10.5)
     for axis in dict.fromkeys(path): ax.plot([], [], color=colours[axis], lw=3, label=axis)
     ax.set(yscale="log", xlabel="expansion step", ylabel="multiply-adds of a clip (G)", xticks=table.index)
     ax.set_yticks((0.1, 1, 10), ("0.1", "1", "10"))
-    ax.legend(fontsize=8, ncols=2, loc="lower right", frameon=False)
+    ax.legend(fontsize=10.5, ncols=2, loc="lower right", frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
