@@ -22,14 +22,16 @@ def printed_transfers() -> pd.DataFrame:  # pair, says, system, start, value
     return pd.DataFrame([dict(pair=f"{r['dataset']}, {metric}\n{says}", says=says, system=system(r["model"]), start=r["pretrain"].removesuffix("-400"), value=r["number"])
                          for table, says, metric in tables for r in table.to_dict("records")])
 
-# %% ../../nbs/evidence/plots_transfer.ipynb #992179ba
+# %% ../../nbs/evidence/plots_transfer.ipynb #f1687b36
 WAYS = STARTS | {"videos": ("from the source", *STARTS["videos"][1:]), "videos, twice the stride": ("the same, twice the stride", STARTS["videos"][1], ">")}
 
+# %% ../../nbs/evidence/plots_transfer.ipynb #29c48eb9
 def _point(ax, x, row, color, marker):
     "Draw a mean with its interval."
     ax.errorbar(x, row.mean, [[row.mean - row.low], [row.high - row.mean]], color=color, capsize=3, capthick=1.4, zorder=3)
     ax.plot(x, row.mean, marker, color=color, markersize=8, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
 
+# %% ../../nbs/evidence/plots_transfer.ipynb #c95d143d
 def _named(ax, systems):
     "Name the columns after systems, in their colours."
     ax.set_xticks(range(len(systems)), [style(s).label for s in systems], rotation=20, ha="right", rotation_mode="anchor", fontsize=10.5)
