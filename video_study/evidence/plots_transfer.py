@@ -38,12 +38,15 @@ def _named(ax, systems):
     for tick, s in zip(ax.get_xticklabels(), systems): tick.set_color(style(s).color)
     ax.set_xlim(-0.6, len(systems) - 0.4)
 
-# %% ../../nbs/evidence/plots_transfer.ipynb #106e600d
-def _dataset(ax, table, systems, title):
+# %% ../../nbs/evidence/plots_transfer.ipynb #e1d3e594
+def _dataset(ax, table, systems, title, line=None):
     "Draw one dataset: every system by its starts."
     ways = [w for w in WAYS if w in set(table["pretrain"])]
     places = dict(zip(ways, np.linspace(-0.2, 0.2, len(ways)) if len(ways) > 1 else [0.0]))
     for row in table.itertuples(): _point(ax, systems.index(row.system) + places[row.pretrain], row, *WAYS[row.pretrain][1:])
+    if line:
+        ax.axhline(line[0], color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
+        ax.text(0.99, line[0] - 1, line[1], transform=ax.get_yaxis_transform(), fontsize=10.5, ha="right", va="top")
     _named(ax, systems)
     ax.set_title(title, pad=38)
     seeds = int(table["seeds"].min())
@@ -81,11 +84,12 @@ def _printed(ax, pairs):
     ax.set_yticks(range(len(names)), list(reversed(names)), fontsize=10)
     ax.set(xlabel="top-1 accuracy or mAP (%)", ylim=(-0.6, len(names) - 0.4), xlim=(-12, 138), xticks=range(0, 101, 20)); ax.set_title("published", pad=10)
 
-# %% ../../nbs/evidence/plots_transfer.ipynb #906a1d04
+# %% ../../nbs/evidence/plots_transfer.ipynb #5c3db1c3
 def plot_transfer(
     table: pd.DataFrame,  # data, says, system, pretrain, mean, low, high, seeds, videos: ours, the source first
     gains: pd.DataFrame,  # data, system, value, low, high: what the source adds
     pairs: pd.DataFrame,  # from `printed_transfers`
+    lines: dict = {},  # data -> (percent, words) of what a network can get that knows nothing of what decides
 ):  # matplotlib Figure
     "Draw every dataset by system and start, the gains, and the published pairs."
     if table.empty: raise StudyError("there is no result to draw; run the experiments first")
@@ -94,7 +98,7 @@ def plot_transfer(
         fig = plt.figure(figsize=(max(3.4 * len(names), 11), 9.4), layout="constrained")
         above, below = fig.subfigures(2, 1, height_ratios=[1.15, 1])
         ways, panels = {}, above.subplots(1, len(names), sharey=True, squeeze=False)[0]
-        for ax, name in zip(panels, names): ways |= dict.fromkeys(_dataset(ax, table[table["data"] == name], systems, name if name != names[0] else f"{name}, the source"))
+        for ax, name in zip(panels, names): ways |= dict.fromkeys(_dataset(ax, table[table["data"] == name], systems, name if name != names[0] else f"{name}, the source", lines.get(name)))
         panels[0].set_ylabel("%"); panels[0].set_ylim(0, 104)
         for w in (w for w in WAYS if w in ways): panels[0].plot([], [], WAYS[w][2], color=WAYS[w][1], label=WAYS[w][0])
         above.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=11, ncols=len(ways), loc="outside lower center")
