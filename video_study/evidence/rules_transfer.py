@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMMAND', 'WIDER', 'SIGN', 'tuned', 'plain', 'gain_rules', 'order_rules', 'carried']
 
-# %% ../../nbs/evidence/rules_transfer.ipynb #ea088926
+# %% ../../nbs/evidence/rules_transfer.ipynb #f850aedf
 from itertools import combinations
+import pandas as pd
 from .claims import Rule, compare
 from .rules import declare
 
@@ -48,15 +49,14 @@ def order_rules(
     return [Rule(f"{a} > {b} on {d}", f"{a} is above {b} on {d}.", measured=(compare(at(a, d), at(b, d), f"{a} > {b} on {d}"),), command=COMMAND)
             for d in [source, *targets] for a, b in combinations(networks, 2)]
 
-# %% ../../nbs/evidence/rules_transfer.ipynb #cff230ab
+# %% ../../nbs/evidence/rules_transfer.ipynb #03250e17
 SIGN = {"holds": ">", "does not hold": "<"}
 
 def carried(
     parts,  # of `judge_measured` on `order_rules`
     source: str,  # name of the dataset to learn before
-):  # DataFrame: a row a target, with the numbers of pairs
+) -> pd.DataFrame:  # a row a target, with the numbers of pairs
     "Count the pairs of systems whose order carries over."
-    import pandas as pd
     split = [part["claim"].rpartition(" on ") for part in parts]
     table = pd.DataFrame([dict(pair=pair, data=data, sign=SIGN.get(part["verdict"], "?")) for (pair, _, data), part in zip(split, parts)])
     signs = table.pivot(index="pair", columns="data", values="sign")
