@@ -38,7 +38,7 @@ def _named(ax, systems):
     for tick, s in zip(ax.get_xticklabels(), systems): tick.set_color(style(s).color)
     ax.set_xlim(-0.6, len(systems) - 0.4)
 
-# %% ../../nbs/evidence/plots_transfer.ipynb #e1d3e594
+# %% ../../nbs/evidence/plots_transfer.ipynb #ccd299a6
 def _dataset(ax, table, systems, title, line=None):
     "Draw one dataset: every system by its starts."
     ways = [w for w in WAYS if w in set(table["pretrain"])]
@@ -46,7 +46,7 @@ def _dataset(ax, table, systems, title, line=None):
     for row in table.itertuples(): _point(ax, systems.index(row.system) + places[row.pretrain], row, *WAYS[row.pretrain][1:])
     if line:
         ax.axhline(line[0], color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
-        ax.text(0.99, line[0] - 1, line[1], transform=ax.get_yaxis_transform(), fontsize=10.5, ha="right", va="top")
+        ax.text(0.98, 0.02, f"dashed: {line[1]}", transform=ax.transAxes, fontsize=10.5, ha="right", va="bottom")
     _named(ax, systems)
     ax.set_title(title, pad=38)
     seeds = int(table["seeds"].min())
