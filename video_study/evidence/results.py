@@ -57,7 +57,7 @@ def _rows(result):
     scored, listed = map(sum, zip(*result["coverage"].values())) if result["coverage"] else (0, 0)
     cost = {k: result["cost"].get(k) for k in ("params", "macs")}
     for protocol, m in result["metrics"].items():
-        yield told | dict(protocol=protocol, top1=100 * m["top1"], top5=100 * m["top5"], videos=m["videos"], coverage=scored / max(listed, 1)) | cost
+        yield told | dict(protocol=protocol, top1=100 * m.get("top1", np.nan), top5=100 * m.get("top5", np.nan), videos=m["videos"], coverage=scored / max(listed, 1)) | cost
 
 # %% ../../nbs/evidence/results.ipynb #66f237e2
 COLUMNS = ["key", "setting", "model", "system", "backbone", "data", "frames", "seed", "image_size", "width", "protocol",
@@ -66,7 +66,7 @@ COLUMNS = ["key", "setting", "model", "system", "backbone", "data", "frames", "s
 def collect(
     keys=None,  # of experiments, each of which must be finished; None: all that are
     **where,  # column = value or list of values
-) -> pd.DataFrame:  # one row a run and protocol; accuracies in percent, coverage as a share
+) -> pd.DataFrame:  # one row a run and protocol; accuracies in percent, not a number where a run is judged by something else; coverage as a share
     "Collect finished runs into a tidy table."
     if keys is None: keys = sorted(p.parent.name for p in (outputs() / "runs").glob("*/result.json"))
     table = pd.DataFrame([row for k in keys for row in _rows(load(k))], columns=COLUMNS)

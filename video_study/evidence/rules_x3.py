@@ -234,7 +234,7 @@ base("X3-37", "The text has no number. Started from its plain counterpart the no
     command="study run ablation_pretraining -p data kinetics400 -p models slowfast -p width 1.0 -p seeds 5", full=(Training("kinetics", "slowfast_resnet50", 32, times=2),))
 
 # %% ../../nbs/evidence/rules_x3.ipynb #76ac4b96
-base("X3-38", "The text has no accuracy. Charades at twice the stride must be above the Kinetics stride.", reason="no accuracy is printed; see transfer for multi-label training", command="study run transfer -p target charades -p seeds 5",
+base("X3-38", "The text has no accuracy. Charades at twice the stride must be above the Kinetics stride.", reason="no accuracy is printed; see transfer for multi-label training", command="study run transfer",
     full=full(sizes=("S",)))
 
 # %% ../../nbs/evidence/rules_x3.ipynb #1c5c82de
@@ -243,4 +243,4 @@ def detector(metric): return text("Sec. A.1 text", metric, model="Faster R-CNN p
 # %% ../../nbs/evidence/rules_x3.ipynb #2091e3f2
 base("X3-39", "AP at 50 % overlap is above 90, and recall and precision at the threshold are less than a point apart.",
     printed=(number_in("AP@50", detector("ap50"), 90), gap("recall - precision", detector("recall"), detector("precision"), -1, 1)),
-    reason="needs the published boxes and the labels of AVA", command="study run transfer -p target ava -p seeds 5")
+    reason="needs the published boxes and the labels of AVA", command="study run transfer -p targets ava_v2_1 -p finetune a3d_ava -p after 0 -p protocols clip -p target_sizes 224")

@@ -74,6 +74,7 @@ class Detector(nn.Module):
             parent, _, child = ("head" if name == "head.fc" else name).rpartition(".")  # a head of several layers goes as a whole
             setattr(backbone.get_submodule(parent), child, nn.Identity())
         self.backbone, self.spec, self.resolution, self.aligned = backbone, backbone.spec, resolution, aligned
+        if hasattr(backbone, "loaded"): self.loaded = backbone.loaded  # what it was started from
         self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(channels, num_classes)
         nn.init.normal_(self.fc.weight, std=0.01); nn.init.zeros_(self.fc.bias)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMES_ONLY', 'SAME', 'made_by', 'layout_of', 'load_run', 'start_model', 'start_file', 'progressive', 'rounds',
-           'fit_chain']
+           'fit_chain', 'for_each']
 
 # %% ../../nbs/training/transfer.ipynb #8b6c844a
 from dataclasses import replace
@@ -115,3 +115,15 @@ def fit_chain(
     "Run experiments one after the other, each after the one it starts from."
     from video_study.training.loop import fit
     return [fit(e, **options) for ready in rounds(experiments) for e in ready]
+
+# %% ../../nbs/training/transfer.ipynb #50eb5001
+def for_each(
+    targets: list,  # names
+    source: str,  # name of the dataset that was learned before, which is no target
+    **settings,  # name -> list of one value for all targets, or of one for each
+) -> dict:  # target -> its settings by name
+    "Say which settings every target has."
+    if source in targets or len(set(targets)) < len(targets): raise StudyError(f"targets {', '.join(targets)} must differ from each other and from the source {source}")
+    for name, values in settings.items():
+        if len(values) not in (1, len(targets)): raise StudyError(f"{name} has {len(values)} values for {len(targets)} targets; give one for all, or one for each of {', '.join(targets)}")
+    return {t: {name: values[0 if len(values) == 1 else i] for name, values in settings.items()} for i, t in enumerate(targets)}
