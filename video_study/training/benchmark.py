@@ -6,8 +6,8 @@
 __all__ = ['VIDEOS', 'trainer_of', 'random_batches', 'timed', 'bare', 'rewound', 'looped', 'share_of_bare', 'drawn_operations',
            'times_single', 'from_files', 'seconds_to_import', 'seconds_to_reread', 'wheel']
 
-# %% ../../nbs/training/benchmark.ipynb #41759629
-import shutil, subprocess, sys, tempfile, time, zipfile
+# %% ../../nbs/training/benchmark.ipynb #7888a629
+import os, shutil, subprocess, sys, tempfile, time, zipfile
 from pathlib import Path
 import pyarrow as pa
 import torch
@@ -134,16 +134,19 @@ def drawn_operations(
 # %% ../../nbs/training/benchmark.ipynb #c75bedb6
 def times_single(
     trainers: tuple,  # a single network's, the same with mutual training
-    batches,  # list of Batch; or function of epoch and start
+    feeds: dict,  # name -> list of Batch, or function of epoch and start
     updates: int,
     folder: Path,
     rounds: int = 3,
-) -> dict:  # seconds of an update with mutual training over those without; see `spread`
+) -> dict:  # name -> seconds of an update with mutual training over those without; see `spread`
     "Compare mutual training with the training of the full network alone."
-    forms = {name: looped(t, batches, updates, folder, False) for name, t in zip(("single", "mutual"), trainers)}
-    return ratios(timed(forms, rounds, trainers[0].device), "mutual", "single")
+    forms = {(who, feed): looped(t, b, updates, folder, False) for feed, b in feeds.items() for who, t in zip(("single", "mutual"), trainers)}
+    found = timed(forms, rounds, trainers[0].device)
+    first, told = next(iter(feeds)), {feed: ratios(found, ("mutual", feed), ("single", feed)) for feed in feeds}
+    for feed in list(feeds)[1:]: told[f"share of {feed}"] = spread([1 - a / b for a, b in zip(found["single", first], found["single", feed])])
+    return told
 
-# %% ../../nbs/training/benchmark.ipynb #aa676283
+# %% ../../nbs/training/benchmark.ipynb #b110202a
 def from_files(
     src: Sources,
     count: int,  # videos of an epoch
@@ -157,7 +160,7 @@ def from_files(
     listed = Manifest(pa.Table.from_pylist(rows), ["even", "odd"], "drawn", Path(src.videos[0]).parent)
     return ClipDataset(listed, frames, size, "dense", stride, crop="random", train=True, resize=src.short_side, flip="any", preload="never")
 
-# %% ../../nbs/training/benchmark.ipynb #79b3ff20
+# %% ../../nbs/training/benchmark.ipynb #c468849c
 def seconds_to_import(
     module: str,  # of this library
     rounds: int = 3,
@@ -167,16 +170,17 @@ def seconds_to_import(
     fresh = lambda: float(subprocess.run([sys.executable, "-c", code], cwd=root(), capture_output=True, text=True, check=True).stdout)
     return spread([fresh() for _ in range(rounds)])
 
-# %% ../../nbs/training/benchmark.ipynb #c259250e
+# %% ../../nbs/training/benchmark.ipynb #e3dc6c64
 def seconds_to_reread(
     study: str,  # name of a study notebook
     rounds: int = 1,
 ) -> dict:  # see `spread`
     "Measure `study run` where the runs are finished: a first call, which may train, does not count."
     command = [sys.executable, "-c", "import sys; from video_study.launch.cli import main; sys.exit(main())", "run", study]
-    return spread(in_rounds(dict(run=lambda: subprocess.run(command, cwd=root(), capture_output=True, check=True)), rounds)["run"])
+    around = {k: v for k, v in os.environ.items() if k != "VIDEO_STUDY_EVIDENCE"}  # it leaves the committed tables alone
+    return spread(in_rounds(dict(run=lambda: subprocess.run(command, cwd=root(), env=around, capture_output=True, check=True)), rounds)["run"])
 
-# %% ../../nbs/training/benchmark.ipynb #7e45bbef
+# %% ../../nbs/training/benchmark.ipynb #6a5fba9f
 VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".pack")
 
 def wheel() -> dict:  # megabytes, files, videos among them
