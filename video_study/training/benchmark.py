@@ -54,7 +54,7 @@ def random_batches(
     noise = lambda: torch.randint(0, 256, (b, frames, size, size, 3), dtype=torch.uint8, generator=chance)
     return [Batch(noise(), torch.randint(0, classes, (b,), generator=chance), torch.arange(b), torch.zeros(b, 6, dtype=torch.long)) for _ in range(count)]
 
-# %% ../../nbs/training/benchmark.ipynb #51ce1559
+# %% ../../nbs/training/benchmark.ipynb #b10d329f
 def timed(
     forms: dict,  # name -> function without arguments
     rounds: int,
@@ -64,7 +64,7 @@ def timed(
     if device.type != "cuda": return in_rounds(forms, rounds, clock=time.process_time)
     return in_rounds(forms, rounds, lambda: torch.cuda.synchronize(device))
 
-# %% ../../nbs/training/benchmark.ipynb #c6aebdc9
+# %% ../../nbs/training/benchmark.ipynb #53a383e5
 def bare(
     trainer: Trainer,
     batches: list,  # of Batch
@@ -77,7 +77,7 @@ def bare(
             sgd.step(); sgd.zero_grad(set_to_none=True)
     return run
 
-# %% ../../nbs/training/benchmark.ipynb #59fb421c
+# %% ../../nbs/training/benchmark.ipynb #b2661722
 def rewound(trainer: Trainer) -> Trainer:
     "Put a trainer back to its first update; its weights stay."
     trainer.step, trainer.pending = 0, None
@@ -85,7 +85,7 @@ def rewound(trainer: Trainer) -> Trainer:
     trainer.history.clear()
     return trainer
 
-# %% ../../nbs/training/benchmark.ipynb #518cdbe1
+# %% ../../nbs/training/benchmark.ipynb #8b23cfbe
 def looped(
     trainer: Trainer,
     batches,  # list of Batch; or function of epoch and start, as in `train`
@@ -100,7 +100,7 @@ def looped(
         train(rewound(trainer), feed, updates, lambda: checkpoint and save_run(trainer, "benchmark", folder), progress=lambda t: (tick.step(t), log(t)))
     return run
 
-# %% ../../nbs/training/benchmark.ipynb #590a6c5b
+# %% ../../nbs/training/benchmark.ipynb #cdd00a7b
 def share_of_bare(
     trainers: tuple,  # two, alike
     videos: ClipDataset | None,  # frames in memory; None: clips of noise
@@ -118,7 +118,7 @@ def share_of_bare(
     forms = dict(bare=bare(trainers[0], ready), fit=looped(trainers[1], feed if videos else ready, updates, folder, checkpoint))
     return ratios(timed(forms, rounds, trainers[0].device), "bare", "fit")
 
-# %% ../../nbs/training/benchmark.ipynb #3611e648
+# %% ../../nbs/training/benchmark.ipynb #1d2347c5
 def drawn_operations(
     trainer: Trainer,  # with mutual training
     updates: int,  # from the first one
@@ -131,7 +131,7 @@ def drawn_operations(
     drawn = [c for step in range(updates) for c in draw(rule, frames, size, trainer.seed, step)]
     return 1 + sum(config_cost(net, c).macs for c in drawn) / config_cost(net, Config(1.0, frames, size)).macs / updates
 
-# %% ../../nbs/training/benchmark.ipynb #c75bedb6
+# %% ../../nbs/training/benchmark.ipynb #e81135a6
 def times_single(
     trainers: tuple,  # a single network's, the same with mutual training
     feeds: dict,  # name -> list of Batch, or function of epoch and start
@@ -146,7 +146,7 @@ def times_single(
     for feed in list(feeds)[1:]: told[f"share of {feed}"] = spread([1 - a / b for a, b in zip(found["single", first], found["single", feed])])
     return told
 
-# %% ../../nbs/training/benchmark.ipynb #b110202a
+# %% ../../nbs/training/benchmark.ipynb #fcd290fe
 def from_files(
     src: Sources,
     count: int,  # videos of an epoch
@@ -160,7 +160,7 @@ def from_files(
     listed = Manifest(pa.Table.from_pylist(rows), ["even", "odd"], "drawn", Path(src.videos[0]).parent)
     return ClipDataset(listed, frames, size, "dense", stride, crop="random", train=True, resize=src.short_side, flip="any", preload="never")
 
-# %% ../../nbs/training/benchmark.ipynb #c468849c
+# %% ../../nbs/training/benchmark.ipynb #2eac412e
 def seconds_to_import(
     module: str,  # of this library
     rounds: int = 3,
@@ -170,7 +170,7 @@ def seconds_to_import(
     fresh = lambda: float(subprocess.run([sys.executable, "-c", code], cwd=root(), capture_output=True, text=True, check=True).stdout)
     return spread([fresh() for _ in range(rounds)])
 
-# %% ../../nbs/training/benchmark.ipynb #e3dc6c64
+# %% ../../nbs/training/benchmark.ipynb #e09ea48b
 def seconds_to_reread(
     study: str,  # name of a study notebook
     rounds: int = 1,
@@ -180,9 +180,10 @@ def seconds_to_reread(
     around = {k: v for k, v in os.environ.items() if k != "VIDEO_STUDY_EVIDENCE"}  # it leaves the committed tables alone
     return spread(in_rounds(dict(run=lambda: subprocess.run(command, cwd=root(), env=around, capture_output=True, check=True)), rounds)["run"])
 
-# %% ../../nbs/training/benchmark.ipynb #6a5fba9f
+# %% ../../nbs/training/benchmark.ipynb #eb700f02
 VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".pack")
 
+# %% ../../nbs/training/benchmark.ipynb #6219620b
 def wheel() -> dict:  # megabytes, files, videos among them
     "Build a wheel of a copy of the project and look into it."
     with tempfile.TemporaryDirectory() as folder:
