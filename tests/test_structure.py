@@ -20,7 +20,7 @@ ROOMS = {  # a room may import itself, core and what stands here
     "launch": {"training", "data", "models", "evidence"},
     "evidence": {"models"},  # costs are rebuilt from models; results and published tables are files
 }
-LATE = {"decord", "av", "submitit", "papermill", "cv2", "seaborn", "matplotlib", "yaml", "IPython", "nbconvert", "nbformat", "tqdm", "PIL"}
+LATE = {"torchvision", "decord", "av", "submitit", "papermill", "cv2", "seaborn", "matplotlib", "yaml", "IPython", "nbconvert", "nbformat", "tqdm", "PIL"}
 NEVER = {"nbdev", "fastcore", "execnb"}
 
 

@@ -7,10 +7,11 @@ __all__ = ['StudyError', 'unknown', 'root', 'outputs', 'data_home', 'show_path',
            'atomic_write', 'write_json', 'commit', 'environment', 'Progress']
 
 # %% ../nbs/core.ipynb #539c6c98
-import hashlib, json, os, platform, subprocess, sys, time
+import hashlib, json, os, platform, re, subprocess, sys, time
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 
@@ -118,16 +119,21 @@ def commit() -> str:  # short hash, "+" when the tree has uncommitted changes, "
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "video_study", "nbs") else "")
     except (OSError, subprocess.CalledProcessError, StudyError): return "unknown"
 
+# %% ../nbs/core.ipynb #4b1f07ce
+def _torchvision() -> str:  # its version, read from the file, since importing it takes seconds
+    told = Path(find_spec("torchvision").origin).with_name("version.py").read_text(encoding="utf-8")
+    return re.search(r"^__version__ = ['\"](.+)['\"]", told, re.M)[1]
+
 # %% ../nbs/core.ipynb #671ee440
 @lru_cache
 def environment() -> dict:  # names and versions, JSON-ready
     "Describe the software and hardware of this process."
-    import torch, torchvision
+    import torch
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo", encoding="utf-8") if l.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__,
+    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=_torchvision(), numpy=np.__version__,
                 system=platform.system(), cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus, commit=commit())
 
 # %% ../nbs/core.ipynb #8df87665

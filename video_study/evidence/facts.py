@@ -334,13 +334,14 @@ def trainings(
 
 # %% ../../nbs/evidence/facts.ipynb #c358121e
 def speed(
-    where: dict,  # columns of the table, such as model and quantity; `device` names the table
+    where: dict,  # columns of the table, such as model and quantity; `device` names the table: "cpu", "cuda", or "training"
 ) -> float:
     "Read one measurement of the benchmark."
     where = dict(where)
     device = where.pop("device", "cuda")
     path = root() / "outputs" / "evidence" / f"speed_{device}.csv"
-    if not path.exists(): raise StudyError(f"no measurements on {device}: run `study run speed -p device {device}` and commit outputs/evidence/speed_{device}.csv")
+    command = "speed_training" if device == "training" else f"speed -p device {device}"
+    if not path.exists(): raise StudyError(f"no measurements on {device}: run `study run {command}` and commit outputs/evidence/speed_{device}.csv")
     table = pd.read_csv(path, keep_default_na=False)
     for column, wanted in where.items():
         if column not in table: raise StudyError(f"speed_{device}.csv has no column {column!r}; it has {', '.join(table.columns)}")

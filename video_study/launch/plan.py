@@ -52,9 +52,11 @@ def measured() -> list[dict]:  # same, near, device, seconds: of a processor, ma
     found = []
     for path in sorted((outputs() / "runs").glob("*/result.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
+        try: exp = Experiment.from_dict(r["experiment"])
+        except StudyError: continue  # made by another version, with options that this one does not know: it says nothing about runs of this one
         train, scored = r["coverage"]["train"][0], sum(n for split, (n, _) in r["coverage"].items() if split != "train")
         same, near = setting(r["experiment"])
-        work = work_of(Experiment.from_dict(r["experiment"]), train, scored, r["cost"]["macs"])
+        work = work_of(exp, train, scored, r["cost"]["macs"])
         found.append(dict(same=same, near=near, device=device_of(r), seconds=r["wall_seconds"] * r.get("processes", 1), macs=work["macs"]))
     return found
 

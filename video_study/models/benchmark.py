@@ -27,15 +27,16 @@ def in_rounds(
     forms: dict,  # name -> function without arguments
     rounds: int = 5,  # that count; one before them does not
     wait: Callable = lambda: None,  # waits for the device
+    clock: Callable = time.perf_counter,  # or time.process_time: what the processor spends here, whatever else it does
 ) -> dict:  # name -> seconds, one number a round
     "Time functions side by side, in alternating order."
     if rounds < 1: raise StudyError(f"rounds={rounds} measures nothing; use 1 or more")
     seconds = {name: [] for name in forms}
     for r in range(rounds + 1):
         for name in list(forms)[::1 if r % 2 else -1]:
-            wait(); start = time.perf_counter()
+            wait(); start = clock()
             forms[name](); wait()
-            if r: seconds[name].append(time.perf_counter() - start)
+            if r: seconds[name].append(clock() - start)
     return seconds
 
 # %% ../../nbs/models/benchmark.ipynb #b4331c29

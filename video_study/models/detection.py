@@ -11,7 +11,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import roi_align
 from ..core import StudyError
 from .cost import meta_copy
 from .registry import create_model, model_spec
@@ -47,6 +46,7 @@ def roi_vectors(
     "Align regions that last the whole clip, average over time, take the maximum over space (X3D A.1)."
     check_boxes(boxes, len(maps))
     rois = [b.to(maps.device, maps.dtype) for b in boxes]
+    from torchvision.ops import roi_align  # takes longer to import than all of this library
     return roi_align(maps.mean(2), rois, resolution, 1 / stride, 0, aligned).amax((2, 3))
 
 # %% ../../nbs/models/detection.ipynb #92e9b6f1
