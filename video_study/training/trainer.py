@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNTED', 'PARTS', 'COUNTS', 'pick_device', 'number_format', 'channels_last', 'make_optimizer', 'set_dropout',
            'set_drop_connect', 'Trainer', 'make_reducer', 'trainer_state', 'restore_trainer', 'forward', 'autocast',
-           'classification', 'backward', 'forward_backward', 'update', 'take_step', 'Diverged', 'check', 'close_epoch',
-           'Preempted', 'train', 'agreed']
+           'classification', 'backward', 'forward_backward', 'set_chance', 'update', 'take_step', 'Diverged', 'check',
+           'close_epoch', 'Preempted', 'train', 'agreed']
 
 # %% ../../nbs/training/trainer.ipynb #34f8c0a2
 import time
@@ -184,6 +184,15 @@ def forward_backward(
     backward(trainer, loss / passes, last)
     return torch.stack([loss.detach() * len(batch.labels), correct])
 
+# %% ../../nbs/training/trainer.ipynb #9e41d7b5
+def set_chance(
+    seed: int,
+    device: torch.device,  # where dropout is drawn
+):
+    "Do what `torch.manual_seed` does, for the processor and this kind of device only, in a small part of its time."
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda": torch.cuda.manual_seed_all(seed)
+
 # %% ../../nbs/training/trainer.ipynb #21ede9da
 def update(
     trainer: Trainer,
@@ -191,7 +200,7 @@ def update(
     lr: float,  # learning rate of this update
 ):
     "Take one step of SGD over the batches together."
-    torch.manual_seed(derive_seed(trainer.seed, "step", trainer.step, *(["rank", rank()] if rank() else [])))
+    set_chance(derive_seed(trainer.seed, "step", trainer.step, *(["rank", rank()] if rank() else [])), trainer.device)
     for group in trainer.optimizer.param_groups: group["lr"] = lr
     sums = [forward_backward(trainer, b, len(batches), part) for part, b in enumerate(batches)]
     if trainer.reducer: trainer.reducer.finish()
