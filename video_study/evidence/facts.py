@@ -6,7 +6,7 @@
 __all__ = ['FACTS', 'fact', 'differs', 'moved', 'seen_by_tams', 'tam_minus_tsm', 'relus', 'last_frames', 'stem_frames',
            'factorised_weights', 'formula_filters', 'not_loadable', 'configurations', 'product_rule', 'dominated',
            'widest_unbeaten', 'a3d_macs', 'stored', 'fast_share', 'fused_columns_fixed', 'expected_training', 'grown',
-           'step', 'trainings', 'speed', 'number']
+           'step', 'trainings', 'timeception', 'speed', 'number']
 
 # %% ../../nbs/evidence/facts.ipynb #68848d7f
 import json
@@ -331,6 +331,22 @@ def trainings(
     "Count the models that are trained on the way to a published X3D: every axis at every step."
     costs = [expansion.macs(s) for s in expansion.walk()]
     return costs.index(expansion.macs(expansion.published_state(size))) * len(expansion.AXES)
+
+# %% ../../nbs/evidence/facts.ipynb #8e02b6d3
+@fact
+def timeception(
+    host: str = "i3d_inception_v1",  # the network before it
+    channels: int = 1024,  # that the network ends in
+    layers: int = 4,
+    groups: int = 8,  # of channels
+) -> float:  # parameters with over without
+    "Count the layers of Timeception behind a network."
+    extra, size = 0, lambda inside, out: 5 * (inside * out + out + 2 * out) + (3 + 5 + 7) * out + 3 * out
+    for _ in range(layers):
+        branch = int(channels * 1.25 / (5 * groups))
+        extra, channels = extra + groups * size(channels // groups, branch), 5 * groups * branch
+    alone = cost_of(dict(model=host, metric="params", frames=8, size=224, classes=400))
+    return (alone + extra) / alone
 
 # %% ../../nbs/evidence/facts.ipynb #c358121e
 def speed(
