@@ -155,7 +155,8 @@ def check_model(e: Experiment):  # ModelSpec
     weights = None if source_key(e) else e.weights
     spec = registry.model_spec(e.model, frames=e.frames, weights=weights)
     known = ["width", *registry.MODELS[e.model].options]
-    for name, _ in e.model_options:
+    for name, value in e.model_options:
+        if name == "num_classes": raise StudyError(f"num_classes={value!r}: a run has as many classes as its data, which {e.data!r} says; leave it out, or name other data")
         if name not in known: raise unknown(f"option of {e.model}", name, [*known, *Experiment.__dataclass_fields__, *Recipe.__dataclass_fields__])
     return registry.model_spec(e.model, frames=e.frames, weights=weights, **dict(e.model_options))
 
