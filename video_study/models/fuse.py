@@ -57,7 +57,7 @@ def _watched(model, clip):
         for name, m in copy.named_modules():
             if isinstance(m, _ConvNd): m.register_forward_hook(after(name))
             if isinstance(m, _BatchNorm): m.register_forward_pre_hook(before(name))
-        copy(torch.empty(1, *clip, device="meta"))
+        copy(torch.empty(1, *clip, dtype=next(model.parameters()).dtype, device="meta"))
     return made, read, outputs, readers.count
 
 # %% ../../nbs/models/fuse.ipynb #25267b7c
