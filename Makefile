@@ -20,9 +20,10 @@ install:
 dev:
 	@$(PYTHON) install.py dev
 
+# two workers with one thread each: with more, they wait for each other on a machine of two cores, and everything takes three times as long
 test: dev
-	VIDEO_STUDY_DATA="$(CURDIR)/outputs/data" $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	VIDEO_STUDY_DATA="$(CURDIR)/outputs/data" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # what is committed is what the notebooks export, and they are clean
 check: dev
