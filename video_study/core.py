@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StudyError', 'unknown', 'root', 'outputs', 'data_home', 'show_path', 'derive_seed', 'rng', 'content_hash',
-           'atomic_write', 'write_json', 'commit', 'environment', 'Progress']
+           'atomic_write', 'write_json', 'commit', 'environment', 'lined_up', 'Progress']
 
 # %% ../nbs/core.ipynb #539c6c98
 import hashlib, json, os, platform, re, subprocess, sys, time
@@ -135,6 +135,17 @@ def environment() -> dict:  # names and versions, JSON-ready
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return dict(python=platform.python_version(), torch=torch.__version__, torchvision=_torchvision(), numpy=np.__version__,
                 system=platform.system(), cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus, commit=commit())
+
+# %% ../nbs/core.ipynb #2f84d6b9
+def lined_up(
+    rows,  # pandas Series over videos, each named after its run
+):  # pandas DataFrame: one row a run, one column a video, columns in sorted order
+    "Line up runs video by video, or refuse those over different videos."
+    import pandas as pd
+    rows = [row.sort_index() for row in rows]
+    for row in rows:
+        if not row.index.equals(rows[0].index): raise StudyError(f"runs {rows[0].name} and {row.name} were scored on different videos; compare runs over one manifest")
+    return pd.DataFrame(np.stack(rows), index=[row.name for row in rows], columns=rows[0].index)
 
 # %% ../nbs/core.ipynb #8df87665
 class _Silent:

@@ -9,7 +9,7 @@ __all__ = ['correct_in', 'table_in', 'in_configurations', 'config_accuracies']
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from ..core import StudyError, outputs, show_path
+from ..core import StudyError, lined_up, outputs, show_path
 from .results import correct
 from .stats import interval
 
@@ -37,9 +37,7 @@ def table_in(
     protocol: str = "clip",
 ) -> pd.DataFrame:  # one row a key, one column a video
     "Line up configurations video by video."
-    rows = [correct_in(k, protocol).sort_index() for k in keys]
-    if any(not r.index.equals(rows[0].index) for r in rows): raise StudyError("these runs were scored on different videos; compare runs over one manifest")
-    return pd.DataFrame(np.stack(rows), index=list(keys), columns=rows[0].index)
+    return lined_up([correct_in(k, protocol) for k in keys])
 
 # %% ../../nbs/evidence/configured.ipynb #40f88ae4
 def in_configurations(

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pandas as pd
 from ..core import StudyError, outputs, show_path
-from .plots import in_order, look, style
+from .plots import counted, in_order, look, style
 from .results import correct_table
 from ..models.twostream import fuse
 
@@ -136,8 +136,7 @@ def _limit(ax, percent):
 # %% ../../nbs/evidence/curves.ipynb #dde00c57
 def _ours(ax, group, runs, systems, ceiling=None, says=""):
     "Draw a panel of ours."
-    seeds = int(group["seeds"].min())
-    told = f"ours: {group['frames'].iloc[0]} frames, {seeds} seed{'s' * (seeds != 1)}, {group['videos'].min()} videos"
+    told = f"ours: {group['frames'].iloc[0]} frames, {counted(group)}"
     _row_axis(ax, systems, group["panel"].iloc[0], f"{told}{', ' + says if says else ''}")
     rows_ours(ax, group, runs, systems)
     if ceiling is not None: _limit(ax, ceiling)

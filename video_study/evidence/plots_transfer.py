@@ -9,8 +9,8 @@ __all__ = ['WAYS', 'printed_transfers', 'plot_transfer']
 import numpy as np
 import pandas as pd
 from ..core import StudyError
-from .lengths import STARTS
-from .plots import in_order, look, style
+from .lengths import STARTS, paired
+from .plots import counted, in_order, look, name_columns, style
 from .published import cells
 
 # %% ../../nbs/evidence/plots_transfer.ipynb #77d39781
@@ -31,13 +31,6 @@ def _point(ax, x, row, color, marker):
     ax.errorbar(x, row.mean, [[row.mean - row.low], [row.high - row.mean]], color=color, capsize=3, capthick=1.4, zorder=3)
     ax.plot(x, row.mean, marker, color=color, markersize=8, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
 
-# %% ../../nbs/evidence/plots_transfer.ipynb #c95d143d
-def _named(ax, systems):
-    "Name the columns after systems, in their colours."
-    ax.set_xticks(range(len(systems)), [style(s).label for s in systems], rotation=20, ha="right", rotation_mode="anchor", fontsize=10.5)
-    for tick, s in zip(ax.get_xticklabels(), systems): tick.set_color(style(s).color)
-    ax.set_xlim(-0.6, len(systems) - 0.4)
-
 # %% ../../nbs/evidence/plots_transfer.ipynb #ccd299a6
 def _dataset(ax, table, systems, title, line=None):
     "Draw one dataset: every system by its starts."
@@ -47,10 +40,9 @@ def _dataset(ax, table, systems, title, line=None):
     if line:
         ax.axhline(line[0], color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
         ax.text(0.98, 0.02, f"dashed: {line[1]}", transform=ax.transAxes, fontsize=10.5, ha="right", va="bottom")
-    _named(ax, systems)
+    name_columns(ax, systems, rotation=20, ha="right", rotation_mode="anchor", fontsize=10.5)
     ax.set_title(title, pad=38)
-    seeds = int(table["seeds"].min())
-    ax.text(0, 1.02, f"{table['says'].iloc[0]}\n{seeds} seed{'s' * (seeds != 1)}, {table['videos'].min()} videos", transform=ax.transAxes, fontsize=10.5, color="#555555", va="bottom", linespacing=1.35)
+    ax.text(0, 1.02, f"{table['says'].iloc[0]}\n{counted(table)}", transform=ax.transAxes, fontsize=10.5, color="#555555", va="bottom", linespacing=1.35)
     return ways
 
 # %% ../../nbs/evidence/plots_transfer.ipynb #f793e43e
@@ -70,19 +62,11 @@ def _gains(ax, gains, systems):
 
 # %% ../../nbs/evidence/plots_transfer.ipynb #43ca2ae4
 def _printed(ax, pairs):
-    "Draw what papers print: hollow, on grey, a line for each pair."
-    names = list(dict.fromkeys(pairs["pair"]))
-    ax.set_facecolor("#F5F5F5"); ax.grid(axis="y", visible=False); ax.grid(axis="x", visible=True)
-    for y, name in enumerate(reversed(names)):
-        pair = pairs[pairs["pair"] == name].sort_values("value")
-        ax.plot(pair["value"], [y] * len(pair), color="#BBBBBB", linewidth=1.2, zorder=1)
-        for r, side in zip(pair.itertuples(), ("right", "left")):
-            s = style(r.system)
-            text = s.label if pair["start"].nunique() == 1 else f"from {r.start}"
-            ax.plot(r.value, y, s.marker, markerfacecolor="white", markeredgecolor=s.color, markeredgewidth=1.6, markersize=9)
-            ax.annotate(f"{text}  {r.value:g}", (r.value, y), (-9 if side == "right" else 9, 0), textcoords="offset points", ha=side, va="center", fontsize=9.5, color=s.color)
-    ax.set_yticks(range(len(names)), list(reversed(names)), fontsize=10)
-    ax.set(xlabel="top-1 accuracy or mAP (%)", ylim=(-0.6, len(names) - 0.4), xlim=(-12, 138), xticks=range(0, 101, 20)); ax.set_title("published", pad=10)
+    "Draw what papers print: of two systems from one start, or of one system from two."
+    styles, starts = [style(s) for s in pairs["system"]], pairs.groupby("pair")["start"].transform("nunique")
+    texts = [f"{s.label if n == 1 else f'from {start}'}  {v:g}" for s, n, start, v in zip(styles, starts, pairs["start"], pairs["value"])]
+    paired(ax, pairs.assign(text=texts, color=[s.color for s in styles], marker=[s.marker for s in styles]), size=9, gap=9, fontsize=10)
+    ax.set(xlabel="top-1 accuracy or mAP (%)", xlim=(-12, 138), xticks=range(0, 101, 20)); ax.set_title("published", pad=10)
 
 # %% ../../nbs/evidence/plots_transfer.ipynb #5c3db1c3
 def plot_transfer(

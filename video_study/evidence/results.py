@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import StudyError, atomic_write, commit, content_hash, environment, outputs, show_path, write_json
+from ..core import StudyError, atomic_write, commit, content_hash, environment, lined_up, outputs, show_path, write_json
 from .stats import interval
 
 # %% ../../nbs/evidence/results.ipynb #d2b96aad
@@ -99,11 +99,7 @@ def correct_table(
     protocol: str = "clip",  # how the videos were scored
 ) -> pd.DataFrame:  # one row a run, one column a video, columns in sorted order
     "Line up several runs video by video."
-    rows = [correct(k, protocol).sort_index() for k in keys]
-    for row in rows[1:]:
-        if not row.index.equals(rows[0].index):
-            raise StudyError(f"runs {rows[0].name} and {row.name} were scored on different videos; compare runs over one manifest")
-    return pd.DataFrame(np.stack(rows), index=list(keys), columns=rows[0].index)
+    return lined_up([correct(k, protocol) for k in keys])
 
 # %% ../../nbs/evidence/results.ipynb #d8d29228
 def accuracies(

@@ -7,7 +7,7 @@ __all__ = ['MUTUAL', 'SHAPES', 'PAIRS', 'shaped']
 
 # %% ../../nbs/evidence/rules_mutual.ipynb #f38f6d0e
 from .claims import compare
-from .rules import declare, run
+from .rules import declare
 from .rules_tradeoff import FULL, alone, at
 
 # %% ../../nbs/evidence/rules_mutual.ipynb #32c35c13

@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from ..core import StudyError, outputs, show_path
+from ..core import StudyError, lined_up, outputs, show_path
 from .results import load
 from .stats import interval
 
@@ -85,10 +85,7 @@ def view_table(
     of: str | None = None,  # the protocol whose views are taken; None: that with the most
 ) -> pd.DataFrame:  # one row a run, one column a video, columns in sorted order; from 0 to 1
     "Line up several runs video by video."
-    rows = [view_scores(k, protocol, of).sort_index() for k in keys]
-    for row in rows[1:]:
-        if not row.index.equals(rows[0].index): raise StudyError(f"runs {rows[0].name} and {row.name} were scored on different videos; compare runs over one manifest")
-    return pd.DataFrame(np.stack(rows), index=list(keys), columns=rows[0].index)
+    return lined_up([view_scores(k, protocol, of) for k in keys])
 
 # %% ../../nbs/evidence/views.ipynb #13e10b21
 SHOWN = ["model", "system", "data", "frames", "sampling", "stride", "params", "macs"]  # of a setting

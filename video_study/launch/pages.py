@@ -48,8 +48,9 @@ def notebook_map(
     part: str,  # "study" or "library"
 ) -> Table:
     "List the notebooks of the study, or of the library room by room, with their promises."
-    if part == "study": return Table(_listed([p for p in pages() if len(p.parts) == 1 and p.stem not in ("index", "core")], "| notebook | what it shows |"))
-    inside = {room: [p for p in pages() if p.parts[0] == room] for room in ROOMS}
+    found = pages()
+    if part == "study": return Table(_listed([p for p in found if len(p.parts) == 1 and p.stem not in ("index", "core")], "| notebook | what it shows |"))
+    inside = {room: [p for p in found if p.parts[0] == room] for room in ROOMS}
     rooms = [f"<details><summary><b>{room}</b>: {ROOMS[room]} ({len(paths)} modules)</summary>\n\n{_listed(paths, '| module | what it does |')}\n\n</details>" for room, paths in inside.items()]
     return Table("\n\n".join([_listed([Path("core.ipynb")], "| module | what it does |"), *rooms]))
 

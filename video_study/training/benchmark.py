@@ -70,7 +70,8 @@ def bare(
     batches: list,  # of Batch
 ):  # function without arguments: an epoch
     "Make the bare loop."
-    net, sgd = trainer.model.train(), make_optimizer(trainer.model, trainer.recipe)
+    trainer.model.train()
+    sgd = make_optimizer(trainer.model, trainer.recipe)
     def run():
         for b in batches:
             F.cross_entropy(forward(trainer, trainer.prepare(b.clips)), b.labels.to(trainer.device, non_blocking=True)).backward()

@@ -82,7 +82,7 @@ def judge(
     calibration: int = 64,  # training videos that renew the statistics of normalisation
     rule=None,  # a `Mutual` to cut down a network by that was trained without; None: the one it was trained with
 ) -> dict:  # name -> (videos,) bool; and video_ids
-    "Judge a run in many configurations, once."
+    "Judge a run in many configurations, once: what was kept is not judged again by another rule."
     found = kept(result.folder)
     missing = [n for n in dict.fromkeys(names) if n not in found]
     if not missing: return found

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['divergence', 'Alongside', 'lesson', 'distance', 'in_turn', 'together', 'alone', 'prepared', 'alongside', 'operations',
-           'seconds', 'adaptive_of', 'num_classes']
+           'adaptive_of', 'num_classes']
 
 # %% ../../nbs/training/mutual.ipynb #7d62261f
-import time
 from itertools import product
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from .norms import set_norms
 from .distributed import world
 from .ranges import Mutual, draw
 from .recipes import Recipe
-from .trainer import Trainer, autocast, backward, classification, forward, set_drop_connect, update
+from .trainer import Trainer, autocast, backward, classification, forward, set_drop_connect
 
 # %% ../../nbs/training/mutual.ipynb #3ea50e1b
 def divergence(
@@ -135,22 +134,6 @@ def operations(
     full = config_cost(net, Config(1.0, frames, size)).macs
     if not rule.subnets: return mean([1.0]) / full
     return 1 + ((rule.subnets - 1) * mean([least + (1 - least) * (k + 0.5) / widths for k in range(widths)]) + mean([least])) / full
-
-# %% ../../nbs/training/mutual.ipynb #9bac1a0d
-def seconds(
-    trainer: Trainer,
-    batch,  # one to repeat
-    updates: int = 5,
-    clock=time.perf_counter,  # or time.process_time, where other work shares the machine
-) -> float:  # of an update, on average over what they draw
-    "Measure an update without its data."
-    times = []
-    for _ in range(updates + 1):
-        start = clock()
-        update(trainer, [batch], 0.0)
-        if trainer.device.type == "cuda": torch.cuda.synchronize(trainer.device)
-        times.append(clock() - start)
-    return sum(times[1:]) / updates
 
 # %% ../../nbs/training/mutual.ipynb #d7688576
 def adaptive_of(

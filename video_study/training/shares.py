@@ -9,11 +9,11 @@ __all__ = ['shares', 'several_shares', 'people_shares', 'share_table']
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from ..core import StudyError, show_path
+from ..core import StudyError, lined_up, show_path
 from ..data.catalog import dataset
 from .detection import counted_classes
 from .frame_map import box_precision, judged
-from .metrics import average_precision, metrics
+from .metrics import metrics
 from .state import load_result
 
 # %% ../../nbs/training/shares.ipynb #73e304eb
@@ -30,9 +30,8 @@ def several_shares(
     truth: np.ndarray,  # (videos, classes) of 0 and 1
 ) -> np.ndarray:  # (videos,)
     "Part mean average precision among videos with several classes."
-    def value(s, t): return float(np.nanmean([average_precision(a, b) for a, b in zip(s.T, t.T)]))
     if len(truth) < 3: raise StudyError(f"{len(truth)} videos are too few to leave one out; evaluate on at least 3")
-    return shares(value(scores, truth), np.array([value(np.delete(scores, i, 0), np.delete(truth, i, 0)) for i in range(len(truth))]))
+    return shares(metrics(scores, truth)["mAP"], np.array([metrics(np.delete(scores, i, 0), np.delete(truth, i, 0))["mAP"] for i in range(len(truth))]))
 
 # %% ../../nbs/training/shares.ipynb #3efc0d2b
 def people_shares(
@@ -42,9 +41,9 @@ def people_shares(
     counted=None,  # numbers of the classes that count; None: all
 ) -> np.ndarray:  # (frames,)
     "Part frame mAP among key frames."
+    if frames < 3: raise StudyError(f"{frames} key frames are too few to leave one out; evaluate on at least 3")
     told, of, does = judged(found, true, frames, counted), np.asarray(true[0]), np.asarray(true[2])
     def value(but): return float(np.nanmean([box_precision(s[n != but], good[n != but], int(does[of != but, c].sum())) for c, (s, good, n) in told.items()]))
-    if frames < 3: raise StudyError(f"{frames} key frames are too few to leave one out; evaluate on at least 3")
     return shares(value(-1), np.array([value(i) for i in range(frames)]))
 
 # %% ../../nbs/training/shares.ipynb #3e902e0b
@@ -63,12 +62,10 @@ def share_table(
     protocol: str = "clip",  # how the videos were scored
 ) -> pd.DataFrame:  # one row a run, one column a video, columns in sorted order
     "Line up what every video adds to the numbers of several runs."
-    rows = []
-    for k in keys:
+    def row(k):
         result = load_result(k)
         path = result.folder / "scores.npz"
         if not path.exists(): raise StudyError(f"{show_path(path)} is missing; remove the run's folder and run it again")
         part, ids = _parted(path, result.experiment.data, protocol, path.stat().st_mtime_ns)
-        rows.append(pd.Series(part, index=pd.Index(ids, name="video_id"), name=k).sort_index())
-        if not rows[-1].index.equals(rows[0].index): raise StudyError(f"runs {rows[0].name} and {k} were scored on different videos; compare runs over one manifest")
-    return pd.DataFrame(np.stack(rows), index=list(keys), columns=rows[0].index)
+        return pd.Series(part, index=pd.Index(ids, name="video_id"), name=k)
+    return lined_up([row(k) for k in keys])

@@ -190,6 +190,7 @@ def set_chance(
     device: torch.device,  # where dropout is drawn
 ):
     "Do what `torch.manual_seed` does, for the processor and this kind of device only, in a small part of its time."
+    if device.type not in ("cpu", "cuda"): torch.manual_seed(seed); return
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda": torch.cuda.manual_seed_all(seed)
 
