@@ -18,6 +18,7 @@ from .study import LAUNCH
 NAMES = ("claim", "model", "data", "frames")  # columns that say what a row is about
 TIMES = ("speed", "speed_input", "speed_training")  # studies whose tables are measurements of this machine
 
+# %% ../../nbs/launch/compare.ipynb #7ab1c0d4
 def differing(
     here: pd.DataFrame,  # a table as it came out
     there: pd.DataFrame,  # the same table, as it is committed
