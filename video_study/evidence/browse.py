@@ -92,14 +92,14 @@ def _select(name, values):
 def _results(r):
     "Link the notebooks that judged a claim and their tables."
     table = lambda n: "ledger_statements" if n == "claims" else f"{n}_verdicts"  # printed and counted numbers are judged in the ledger's own notebook
-    return ", ".join(f'<a href="{n}.ipynb">{n}</a> (<a href="../outputs/evidence/{table(n)}.csv">result</a>)' for n in r.notebooks.split())
+    return ", ".join(f'<a href="{n}.ipynb">{n}</a> (<a href="../outputs/evidence/{table(n)}.csv">result</a>, <a href="../outputs/figures/{n}.png">figure</a>)' for n in r.notebooks.split())
 
 # %% ../../nbs/evidence/browse.ipynb #30686968
 def _details(r, statements):
     "Write what a row opens to."
     lines = [f"<b>Where:</b> {escape(PAPERS[r.paper])}, {escape(r.locator)}", f"<b>What decides:</b> {escape(r.decides)}"]
     if r.note: lines.append(f"<b>Note:</b> {escape(r.note)}")
-    if r.notebooks: lines.append(f"<b>Judged in:</b> {_results(r)}")
+    if r.notebooks: lines.append(f"<b>Judged in:</b> {_results(r)}. <b>Again:</b> " + ", ".join(f"<code>study run {n}</code>" for n in r.notebooks.split()))
     if r.reason: lines.append(f"<b>Not measured here:</b> {escape(r.reason)}")
     if r.command: lines.append(f"<b>To test it:</b> <code>{escape(r.command)}</code>" + (f" ({escape(r.cost)} at full size)" if r.cost else ""))
     mine = statements[statements["claim"] == r.claim] if statements is not None else ()
