@@ -12,7 +12,7 @@ from .curves import rows_ours, rows_printed
 from .plots import counted, in_order, look, style
 
 # %% ../../nbs/evidence/plots_aggregation.ipynb #9095b8ef
-LABELS = dict(resnet18="ResNet-18", resnet50="ResNet-50", inception_v1="InceptionV1")  # backbone -> as it is written
+LABELS = dict(resnet18="ResNet-18", inception_v1="InceptionV1", resnet50="ResNet-50")  # backbone -> as it is written; blocks in this order
 
 def _name_rows(ax, systems):
     "Name rows after systems, in their colours."
@@ -29,7 +29,13 @@ def _head(ax, data, table, printed, says):
     ax.set_title(data, pad=40)
     ax.text(0, 1.02, told, transform=ax.transAxes, fontsize=10.5, color="#555555", va="bottom", linespacing=1.35).set_in_layout(False)
 
-# %% ../../nbs/evidence/plots_aggregation.ipynb #d9d32dab
+# %% ../../nbs/evidence/plots_aggregation.ipynb #4a6eaf4c
+def _label(backbone, printed):
+    "Name a block, and whose numbers stand in it if they are another backbone's."
+    theirs = [p for p in dict.fromkeys(printed["printed"]) if p != LABELS[backbone].replace("-", "")]
+    return "\n".join([LABELS[backbone], *(f"(published: {p})" for p in theirs)])
+
+# %% ../../nbs/evidence/plots_aggregation.ipynb #cd6fbd78
 def _block(ax, table, runs, printed, systems, ceiling):
     "Draw one dataset on one backbone."
     _name_rows(ax, systems)
@@ -37,11 +43,11 @@ def _block(ax, table, runs, printed, systems, ceiling):
     if len(printed): rows_printed(ax, printed, systems)
     if ceiling is not None: ax.axvline(ceiling, color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
 
-# %% ../../nbs/evidence/plots_aggregation.ipynb #9aa868f2
+# %% ../../nbs/evidence/plots_aggregation.ipynb #ad09e730
 def plot_backbones(
     table,  # from `accuracies`: data, backbone, system, frames, setting, mean, low, high, seeds, videos
     runs,  # from `collect`, for the dots: setting, top1
-    printed,  # data, backbone, system, top1 (percent), text (as printed), says
+    printed,  # data, backbone (block to stand in), printed (backbone of the paper), system, top1 (percent), text (as printed), says
     columns: list,  # datasets of both, from the left
     ceilings: dict = {},  # dataset -> percent that a model blind to order cannot pass
     says: dict = {},  # dataset of ours -> what decides in it
@@ -55,7 +61,7 @@ def plot_backbones(
         fig, axes = plt.subplots(len(rows), len(columns), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained", height_ratios=[len(s) for s in rows.values()])
         for line, (b, systems) in zip(axes, rows.items()):
             for ax, d in zip(line, columns): _block(ax, part(table, data=d, backbone=b), runs, part(printed, data=d, backbone=b), systems, ceilings.get(d))
-            line[0].set_ylabel(LABELS[b], fontweight="bold", fontsize=13)
+            line[0].set_ylabel(_label(b, part(printed, backbone=b)), fontweight="bold", fontsize=12, labelpad=8)
         for ax, d in zip(axes[0], columns): _head(ax, d, part(table, data=d), part(printed, data=d), says.get(d, ""))
         for ax in axes[-1]: ax.set_xlabel("top-1 accuracy (%)")
         fig.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
