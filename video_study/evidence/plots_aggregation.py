@@ -41,6 +41,7 @@ def _block(ax, table, runs, printed, systems, ceiling):
     _name_rows(ax, systems)
     rows_ours(ax, table, runs, systems)
     if len(printed): rows_printed(ax, printed, systems)
+    if table.empty and printed.empty: ax.text(0.5, 0.5, "not run", transform=ax.transAxes, fontsize=10.5, color="#777777", ha="center", va="center")
     if ceiling is not None: ax.axvline(ceiling, color="black", linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
 
 # %% ../../nbs/evidence/plots_aggregation.ipynb #ad09e730
