@@ -57,7 +57,8 @@ _declare("X3-22", "Full convolutions at the same bottleneck gain at both sizes, 
     measured=_losses(ours, "x3d_dense", -float("inf"), 0.0) + _more(ours, ("x3d_dense", "s"), ("x3d_dense", "xl"), "gain at xl - gain at s"))
 
 # %% ../../nbs/evidence/rules_mobile.ipynb #48371fe9
-_declare("X3-23", "Full convolutions at the same bottleneck gain in top-1 and do not gain in top-5, at both sizes. Not measured: among ten classes top-5 says little.",
+_declare("X3-23", "Full convolutions at the same bottleneck gain in top-1 and do not gain in top-5, at both sizes.",
+    reason="the embedded data have ten classes, so that five answers are half of all there are and top-5 hardly tells one network from another; it takes hundreds of classes, as Kinetics has",
     printed=_losses(a1, "x3d_dense", -float("inf"), 0.0) + tuple(compare(a1("x3d", s, "top5"), a1("x3d_dense", s, "top5"), f"top-5 loss of x3d_dense at {s}", -0.05) for s in SIZES))
 _declare("X3-24", "Both networks lose without squeeze-and-excitation (printed: more than 1 point).", printed=_losses(a1, "x3d_plain", 1.0), measured=_losses(ours, "x3d_plain", 0.0))
 _declare("X3-25", "Both networks lose less than 5 points without swish (printed: less than 1 point, and more than none).",
