@@ -153,6 +153,7 @@ def plot_rows(
     runs: pd.DataFrame,  # from `collect`, for the dots
     printed: pd.DataFrame | None = None,  # panel, says, system, top1 (percent), text (as printed)
     ceilings: dict = {},  # panel -> percent that a model blind to order cannot pass
+    whole: bool = False,  # ours on axes from 0 to 100 %, all alike
 ):  # matplotlib Figure
     "Draw accuracy by system in rows, one panel a dataset, published ones beside."
     if table.empty: raise StudyError("there is no result to draw; run the experiments first")
@@ -166,6 +167,7 @@ def plot_rows(
         axes = axes.flatten()
         for ax, group in zip(axes, groups): _ours(ax, group, runs, systems, ceilings.get(group["panel"].iloc[0]))
         for ax, group in zip(axes[len(groups):], theirs): _printed(ax, group, systems)
+        for ax in axes[:len(groups) * whole]: ax.set_xlim(0, 104)
         for ax in axes[:count]: ax.set_xlabel("top-1 accuracy (%)")
         for ax in axes[count:]: ax.set_axis_off()
         fig.get_layout_engine().set(w_pad=0.12, h_pad=0.08)

@@ -21,9 +21,10 @@ class Style:
 
 # %% ../../nbs/evidence/plots.ipynb #2c055593
 STYLES = dict(
-    tsn=Style("TSN", "#6F6F6F", "o"), tsm=Style("TSM", "#3C9BD6", "s"), tam=Style("TAM", "#D55E00", "D"),
+    tsn=Style("TSN", "#6F6F6F", "o"), tsm=Style("TSM", "#3C9BD6", "s"), tsm_half=Style("TSM, half the frames", "#3C9BD6", "v"), tam=Style("TAM", "#D55E00", "D"),
     i3d=Style("I3D", "#0B4F8A", "^"), s3d=Style("S3D", "#009E73", "v"), tdc=Style("dense conv.", "#E69F00", "P"), nln=Style("NLN", "#CC79A7", "X"),
     tsn_bl=Style("TSN-bLNet", "#A6A6A6", "o"), blvnet=Style("bLVNet", "#999933", "o"),
+    blvnet_swapped=Style("bLVNet, swapped", "#999933", "s"),
     blvnet_tsm=Style("bLVNet-TSM", "#5AA7C9", "s"), blvnet_tam=Style("bLVNet-TAM", "#882255", "D"),
     r2d=Style("R2D", "#A6A6A6", "v"), fr2d=Style("f-R2D", "#6F6F6F", "^"), r3d=Style("R3D", "#0B4F8A", "h"), r2plus1d=Style("R(2+1)D", "#B2182B", "*"),
     mc2=Style("MC2", "#8FD3C8", "s"), mc3=Style("MC3", "#5AB4A8", "s"), mc4=Style("MC4", "#2F8F83", "s"), mc5=Style("MC5", "#0B6258", "s"),

@@ -44,5 +44,5 @@ def _longer(system, role):
 
 _declare("RP-36", "The most frames are above the fewest, for RGB and for flow (printed: clips of 32 over clips of 8, on Sports-1M, by clip).",
     printed=tuple(compare(t345(s, "Sports-1M", metric="clip_top1"), t345(s, "Sports-1M", metric="clip_top1", frames=8), f"{STREAMS[s]}: 32 - 8 frames") for s in ("r2plus1d", "r2plus1d_flow")),
-    measured=tuple(_longer(s, role) for s in ("r2plus1d", "r2plus1d_flow") for role in ("order", "appearance")), command="study run ablation_modality -p more_frames 32 -p seeds 5")
+    measured=tuple(_longer(s, role) for s in ("r2plus1d", "r2plus1d_flow") for role in ("order", "appearance")), command=COMMAND)
 MODALITY = ("RP-36", "RP-37", "RP-38")  # the claims of this module

@@ -47,4 +47,4 @@ RULES["DA-16"] = Rule("DA-16", f"The gap between image weights and none closes: 
 _ADDS = (("RGB", 2.3), ("Flow", 1.0), ("RGB+Flow", 1.5))
 RULES["RP-42"] = Rule("RP-42", "Weights from another video dataset add to R(2+1)D after the longest training (printed: 2.3, 1.0 and 1.5 points, at the precision of print).",
     printed=tuple(compare(t4("Sports-1M", m), t4("none", m), f"{m}: Sports-1M - none is {by}", low=by - 0.051, high=by + 0.051) for m, by in _ADDS),
-    measured=(Statement("r2plus1d: videos > none", gap("r2plus1d", pretrain="videos"), low=0),), command=f"{COMMAND} -p models r2plus1d -p backbone 18")
+    measured=(Statement("r2plus1d: videos > none", gap("r2plus1d", pretrain="videos"), low=0),), command=COMMAND)

@@ -202,7 +202,7 @@ base("RP-30", "32 frames take 7.25 to 7.35 times the multiply-adds of 8.", rebui
 base("RP-31", "Parameters are equal from 8 to 48 frames.", rebuilt=tuple(gap(f"{f} - 8 frames, parameters", net("R(2+1)D", "params", f), net("R(2+1)D", "params"), -0.5, 0.5) for f in LENGTHS[1:]))
 
 # %% ../../nbs/evidence/rules_rp.ipynb #6dd6329c
-base("RP-32", "The text has no number. 224 pixels must be less than 2 points from 112.", reason="no number is printed, and the embedded videos have no detail at that size",
+base("RP-32", "The text has no number. 224 pixels must be less than 2 points from 112.", reason="no number is printed, and the embedded videos are rendered at 64 pixels: a crop of 224 enlarges them and shows no more",
     command="study run ablation_convolutions -p data kinetics400 -p image_size 224 -p models r2plus1d -p width 1.0 -p seeds 5", full=trained("R(2+1)D") + (Training("r2plus1d", "r2plus1d_18", 8, 224),))
 
 # %% ../../nbs/evidence/rules_rp.ipynb #e9519f35
@@ -290,5 +290,5 @@ base("RP-45", "From Kinetics it is at most half a point below I3D on colour, and
 # %% ../../nbs/evidence/rules_rp.ipynb #26a5c469
 base("RP-46", "TV-L1 takes 5 to 20 times as long as Farneback on the same frames.", command="study run speed -p device cpu",
     rebuilt=(ratio("TV-L1 / Farneback, seconds a frame", dict(speed=dict(device="cpu", model="tvl1", quantity="seconds_per_frame")), dict(speed=dict(device="cpu", model="farneback", quantity="seconds_per_frame")), 5, 20),))
-base("RP-47", "Training 8 frames and finetuning 32 must take less than training 32 from scratch; the epochs of finetuning are not printed.", reason="the schedule of finetuning is not printed; see ablation_frames",
+base("RP-47", "Training 8 frames and finetuning 32 must take less than training 32 from scratch; the epochs of finetuning are not printed.", reason="how long the finetuning takes is not printed, and that alone decides: after the 45 epochs of 8 frames, those of 32 frames save time only if they are fewer than 34. ablation_frames finetunes for half of the epochs (RP-28)",
     command="study run ablation_frames -p models r2plus1d -p seeds 5", full=trained("R(2+1)D") + trained("R(2+1)D", frames=32))

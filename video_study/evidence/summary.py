@@ -73,7 +73,7 @@ def full_ledger(
         seen = [n for n, v in zip(mine["notebook"], mine["measured"]) if v not in SILENT] + ["claims"] * any(row[k] not in SILENT for k in ("printed", "rebuilt"))
         open_ = "untested" in (row["rebuilt"], measured)
         rows.append(dict(claim=rule.claim, paper=c["paper"], locator=c["locator"], kind=c["kind"], text=row["text"], printed=row["printed"], rebuilt=row["rebuilt"], measured=measured,
-                         notebooks=" ".join(seen), decides=rule.decides, note=rule.note, reason=rule.reason if open_ and measured == "untested" else "", command=rule.command,
+                         notebooks=" ".join(seen), decides=rule.decides, note=rule.note, reason=rule.reason if open_ else "", command=rule.command,
                          cost=price(rule) if open_ else ""))
     return pd.DataFrame(rows)
 

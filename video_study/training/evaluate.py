@@ -20,11 +20,12 @@ class Protocol:
     source: str = ""  # paper and section
     draw: bool = False  # clips at random places instead, the same ones for every model
     full: bool = False  # crops as large as the frames are high, instead of the size in training
+    backwards: bool = False  # clips from their last frame to their first
 
     @property
     def views(self): return self.clips * self.crops
     @property
-    def scored(self): return self.clips, self.crops, self.draw, self.full  # what the model has to look at
+    def scored(self): return self.clips, self.crops, self.draw, self.full, self.backwards  # what the model has to look at
     def videos_of(self, batch_size): return max(1, batch_size // self.views)  # in a batch of at most so many clips
 
 # %% ../../nbs/training/evaluate.ipynb #4c11fbb5
@@ -39,6 +40,7 @@ PROTOCOLS = {
     **{f"center{k}": Protocol(clips=k, average="probabilities", source="X3D, supplement Fig. A.1, K-centre testing") for k in (1, 3, 5, 7, 10)},
     "random10": Protocol(clips=10, average="probabilities", draw=True, source="R(2+1)D, Sec. 4.1"),
     "random100": Protocol(clips=100, average="probabilities", draw=True, source="R(2+1)D, Sec. 4.4, Sports-1M"),
+    "reversed": Protocol(backwards=True, source="S3D on reversed video, as bLVNet-TAM Sec. 4.2 tells it"),
 }
 
 # %% ../../nbs/training/evaluate.ipynb #78f11f0b

@@ -65,10 +65,11 @@ def score_views(
     step,  # called after every batch
 ) -> np.ndarray:  # logits float32 (videos, views, classes)
     "Score the views of a protocol."
+    prepare = (lambda clips: trainer.prepare(clips.flip(1))) if protocol.backwards else trainer.prepare
     parts, size = [], protocol.videos_of(exp.recipe.batch_size) if not protocol.draw else exp.recipe.batch_size
     for videos, epoch in clips_of(exp, manifest, protocol, device=trainer.cut):
         batches = batches_of(videos, epoch, size, workers, trainer.device.type == "cuda")
-        told = [t for t in everyone(lambda: score(trainer.model, batches, trainer.prepare, exp.recipe.batch_size, step)) if t is not None]
+        told = [t for t in everyone(lambda: score(trainer.model, batches, prepare, exp.recipe.batch_size, step)) if t is not None]
         order = np.argsort(np.concatenate([index for _, index in told]))
         parts.append(np.concatenate([logits for logits, _ in told])[order])
     return np.concatenate(parts, 1)
