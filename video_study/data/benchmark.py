@@ -11,7 +11,7 @@ __all__ = ['WAYS', 'OURS', 'OTHERS', 'KEPT', 'FLOORS', 'LEAST', 'film', 'encode'
 # %% ../../nbs/data/benchmark.ipynb #b4f2fbab
 import mmap, os, time
 from functools import cache, partial
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -194,9 +194,12 @@ def copy_bytes(src: Sources, job: Job, size: int):
     "Copy the bytes of a clip within the memory."
     return _clip_of(_sea(len(job.frames), size, size), job).clone()
 
+_TURN = count()
+
 def copy_rows(src: Sources, job: Job, size: int):
-    "Copy the rows that a clip is cut from, as wide as they are kept."
-    return _clip_of(_sea(len(job.frames), size, src.kept[1]), job).clone()[:, :, :size]
+    "Copy the rows that a clip is cut from, as wide as they are kept, each time from another place."
+    sea = _sea(len(job.frames), size, src.kept[1])
+    return sea[next(_TURN) % len(sea)].clone()[:, :, :size]
 
 def copy_afresh(src: Sources, job: Job, size: int):
     "Copy the bytes of a clip to memory that the system has yet to provide."
