@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'OURS', 'OTHERS', 'KEPT', 'FLOORS', 'LEAST', 'film', 'encode', 'Sources', 'make_sources', 'Job', 'jobs',
-           'from_video', 'from_kept', 'decord_full', 'torchcodec_full', 'pyav_full', 'pytorchvideo_dataset',
-           'copy_bytes', 'copy_rows', 'copy_afresh', 'not_here', 'measure', 'measure_workers', 'jpeg_ms',
-           'measure_transforms', 'resident_mb', 'memory_over']
+           'from_video', 'from_kept', 'from_store', 'decord_full', 'torchcodec_full', 'pyav_full',
+           'pytorchvideo_dataset', 'copy_bytes', 'copy_rows', 'copy_afresh', 'not_here', 'measure', 'measure_workers',
+           'jpeg_ms', 'measure_transforms', 'resident_mb', 'memory_over']
 
 # %% ../../nbs/data/benchmark.ipynb #b4f2fbab
 import mmap, os, time
@@ -21,6 +21,7 @@ from ..core import Progress, StudyError, atomic_write, rng, unknown
 from .decode import fit_short_side, read
 from .packs import decode_jpeg, pack_info, write_pack
 from .sampling import clip_indices
+from .store import Store
 from .transforms import apply_box, center, cut_out, multiscale, to_input
 
 # %% ../../nbs/data/benchmark.ipynb #64f810d1
@@ -140,6 +141,17 @@ def from_kept(src: Sources, job: Job, size: int, kind="jpeg"):
     "Read frames that were decoded and kept, in one of their forms."
     return _read(getattr(src, kind)[job.video], job, src.short_side, "decord", src.kept if kind in ("jpeg", "raw") else src.size, _middle(src.kept, size))
 
+# %% ../../nbs/data/benchmark.ipynb #f1c6a92e
+@cache
+def _store(path):  # the frames of a pack, mapped for as long as the process lives
+    pack = pack_info(path)
+    return Store(np.asarray(np.memmap(path, np.uint8, "r", offset=int(pack.offsets[0]))), np.array([[*pack[:3], 3]]))
+
+def from_store(src: Sources, job: Job, size: int):
+    "Read raw frames as `data.store` keeps them: mapped, opened once."
+    top, left, height, width = _middle(src.kept, size)
+    return torch.from_numpy(_store(src.raw[job.video])[0][job.frames, top:top + height, left:left + width])
+
 # %% ../../nbs/data/benchmark.ipynb #8ed819a1
 def _ours(decoder): return lambda src, job, size: from_video(src, job, size, decoder)
 
@@ -211,12 +223,12 @@ WAYS = {
     "decord, scaled while decoding": from_video, "PyAV, scaled while decoding": _ours("pyav"), "torchcodec, then scaled": _ours("torchcodec"),
     "decord alone": decord_full, "torchcodec and torchvision": torchcodec_full, "PyAV and torchvision": pyav_full, "pytorchvideo and torchvision": pytorchvideo_dataset,
     "mp4, a key frame every 12": partial(from_kept, kind="gop12"), "mp4, key frames only": partial(from_kept, kind="gop1"),
-    "pack of JPEG frames": from_kept, "pack of raw frames": partial(from_kept, kind="raw"),
+    "pack of JPEG frames": from_kept, "pack of raw frames": partial(from_kept, kind="raw"), "raw frames, mapped": from_store,
     "copying into fresh memory": copy_afresh, "copying whole rows": copy_rows, "copying the bytes": copy_bytes,
 }
 OURS = ("decord, scaled while decoding", "PyAV, scaled while decoding", "torchcodec, then scaled")  # uncached
 OTHERS = ("decord alone", "torchcodec and torchvision", "PyAV and torchvision", "pytorchvideo and torchvision")
-KEPT = {"mp4, a key frame every 12": "gop12", "mp4, key frames only": "gop1", "pack of JPEG frames": "jpeg", "pack of raw frames": "raw"}  # way -> where it reads
+KEPT = {"mp4, a key frame every 12": "gop12", "mp4, key frames only": "gop1", "pack of JPEG frames": "jpeg", "pack of raw frames": "raw", "raw frames, mapped": "raw"}  # way -> where it reads
 FLOORS = ("copying into fresh memory", "copying whole rows", "copying the bytes")  # no pictures
 
 # %% ../../nbs/data/benchmark.ipynb #43ab7aa9
