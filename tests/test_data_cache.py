@@ -85,6 +85,17 @@ def test_flow_lies_beside_the_frames(built):
     assert packs(built) == before
 
 
+def test_the_flow_of_a_video_that_was_fetched_again_is_made_again(built):
+    pytest.importorskip("cv2")
+    flow.make_flow("kinetics_small", 48)
+    m, before = dataset("kinetics_small"), packs(built)
+    later = time.time_ns() + 10**9
+    os.utime(m.file(1), ns=(later, later))
+    flow.make_flow("kinetics_small", 48)
+    after = packs(built)
+    assert [p.name for p in before if after[p] != before[p]] == [os.path.basename(m.file(1)) + ".pack"]
+
+
 def test_a_cache_of_another_resolution_is_refused(built):
     make_cache("kinetics_small", 32)
     with pytest.raises(StudyError, match="holds frames with a short side of 32 pixels, 48 are asked for; make another with --short-side 48"): clips("kinetics_small_raw32", resize=48)
