@@ -6,6 +6,7 @@ import pytest
 from data_layouts import TURNS, write
 from data_videos import number
 from video_study.core import StudyError, root
+from video_study.data import annotations
 from video_study.data.build import build
 from video_study.data.catalog import card, dataset, read_card
 from video_study.data.clips import ClipDataset, make_batch
@@ -146,6 +147,28 @@ def test_bad_annotations_are_refused_in_one_line(project, case):
     spoil(project)
     with pytest.raises(StudyError, match=says): made(name, project)
     assert not list((project / "project/data_manifests").glob("local/*"))
+
+
+JUNK = {"nothing": b"", "no text": bytes(range(256)), "another encoding": "caf\u00e9,1,2\n".encode("latin1"), "zeros": b"\0" * 50, "words": b"one two three\nfour\n", "numbers": b"1\n2\n",
+        "a JSON list": b'["a", "b"]', "a JSON object": b'{"a": "b"}', "JSON of nothing": b"null", "lists in a list": b"[[1, 2], [3, 4]]", "another CSV file": b"a,b,c,d,e\n1,2,3,4,5\n"}
+
+
+@pytest.mark.parametrize("kind", annotations.FORMATS)
+def test_whatever_stands_in_an_annotation_file_it_is_read_or_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(layouts, "clip", lambda *a, **k: None)
+    getattr(layouts, kind)(tmp_path)
+    refused = 0
+    for path in sorted(p for p in (tmp_path / "a").iterdir()):
+        good = path.read_bytes()
+        *lines, last = good.decode().rstrip("\n").split("\n")
+        fields = last.split(",")
+        spoilt = ["\n".join([*lines, ",".join([*fields[:k], v, *fields[k + 1:]])]).encode() for k in range(len(fields)) for v in ("", "x", "-1", "1e400", "nan")]
+        for data in [*JUNK.values(), good[:len(good) * 2 // 3], *spoilt]:
+            path.write_bytes(data)
+            try: annotations.read_annotations(kind, tmp_path / "a")
+            except StudyError: refused += 1
+        path.write_bytes(good)
+    assert refused > 10 and len(annotations.read_annotations(kind, tmp_path / "a").rows)
 
 
 def test_a_damaged_video_is_a_line_not_a_crash(project):

@@ -1,5 +1,6 @@
 """`study data cache`: the frames of the videos, made once, by one process at a time, over several sittings."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,18 +32,37 @@ def packs(built): return {p: p.stat().st_mtime_ns for p in sorted((built / "proj
 
 
 def test_raw_frames_are_the_frames_of_the_videos(built):
-    make_cache("kinetics_small", 48, quality=0)
+    make_cache("kinetics_small", 48)
     a, b = dataset("kinetics_small"), dataset("kinetics_small_raw48")
     assert a.hash != b.hash and a.classes == b.classes and b.card.title.endswith("(frames with a short side of 48)")
     for k in range(len(a)): assert (cache.read(a.file(k), range(12), seek_exact=False) == cache.read(b.file(k), range(12))).all()
 
 
 def test_jpeg_frames_are_close(built):
-    lines = make_cache("kinetics_small", 48)
+    lines = make_cache("kinetics_small", 48, quality=90)
     assert lines[0].startswith("kinetics_small_cache48: 5 of 5 videos")
     a, b = dataset("kinetics_small"), dataset("kinetics_small_cache48")
     for k in range(len(a)): assert np.abs(cache.read(a.file(k), [3], seek_exact=False).astype(int) - cache.read(b.file(k), [3])).mean() < 4
     assert clips("kinetics_small_cache48").shape == (3, 4, 32, 32, 3)
+
+
+def test_clips_of_a_raw_cache_are_the_clips_of_the_videos(built):
+    make_cache("kinetics_small", 48)
+    for options in ({}, dict(crop="jitter"), dict(train=False, clips=2), dict(train=False, crops=3, clips=2)):
+        assert (clips("kinetics_small", resize=48, **options) == clips("kinetics_small_raw48", resize=48, **options)).all()
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_video(built, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(StudyError, match="the raw frames of 'kinetics_small' with a short side of 48 take 0.0 GB.*--quality 90"): make_cache("kinetics_small", 48)
+    assert not packs(built)
+
+
+def test_a_pack_of_another_size_is_refused(built):
+    make_cache("kinetics_small", 48)
+    m = dataset("kinetics_small_raw48")
+    pack_files.write_pack(m.file(0), np.zeros((12, 40, 60, 3), np.uint8), 0)
+    with pytest.raises(StudyError, match="has frames of 40x60 pixels instead of 48x"): clips("kinetics_small_raw48")
 
 
 def test_both_jpeg_decoders_give_the_same_pixels():
@@ -65,9 +85,20 @@ def test_flow_lies_beside_the_frames(built):
     assert packs(built) == before
 
 
+def test_the_flow_of_a_video_that_was_fetched_again_is_made_again(built):
+    pytest.importorskip("cv2")
+    flow.make_flow("kinetics_small", 48)
+    m, before = dataset("kinetics_small"), packs(built)
+    later = time.time_ns() + 10**9
+    os.utime(m.file(1), ns=(later, later))
+    flow.make_flow("kinetics_small", 48)
+    after = packs(built)
+    assert [p.name for p in before if after[p] != before[p]] == [os.path.basename(m.file(1)) + ".pack"]
+
+
 def test_a_cache_of_another_resolution_is_refused(built):
     make_cache("kinetics_small", 32)
-    with pytest.raises(StudyError, match="holds frames with a short side of 32 pixels, 48 are asked for; make another with --short-side 48"): clips("kinetics_small_cache32", resize=48)
+    with pytest.raises(StudyError, match="holds frames with a short side of 32 pixels, 48 are asked for; make another with --short-side 48"): clips("kinetics_small_raw32", resize=48)
 
 
 def test_a_second_run_makes_nothing_again_and_repairs_what_is_damaged(built):
@@ -87,8 +118,8 @@ def test_a_video_that_cannot_be_read_is_left_out(built):
     m = dataset("kinetics_small")
     with open(m.file(0), "r+b") as f: f.truncate(900)
     lines = make_cache("kinetics_small", 48)
-    assert lines[0].startswith("kinetics_small_cache48: 4 of 5 videos") and any(line.startswith("not in it: ") for line in lines)
-    assert dataset("kinetics_small_cache48").coverage == (4, 6)
+    assert lines[0].startswith("kinetics_small_raw48: 4 of 5 videos") and any(line.startswith("not in it: ") for line in lines)
+    assert dataset("kinetics_small_raw48").coverage == (4, 6)
 
 
 SLOW = """

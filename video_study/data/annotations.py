@@ -12,7 +12,7 @@ import pandas as pd
 from ..core import StudyError, show_path, unknown
 from .ava import ava
 from .checks import some
-from .official import Annotations, csv_table, find_file, labelled, text_lines
+from .official import Annotations, csv_table, find_file, labelled, parsing, text_lines
 
 # %% ../../nbs/data/annotations.ipynb #fc503dd4
 def kinetics(
@@ -22,8 +22,8 @@ def kinetics(
     "Read the CSV files of Kinetics."
     parts = []
     for split, pattern in ("train", r"train.*\.csv$"), ("val", r"val.*\.csv$"):
-        table = csv_table(find_file(folder, pattern, f"{split} list"), ("label", "youtube_id", "time_start", "time_end"), "Kinetics")
-        name = [f"{v}_{int(float(a)):06d}_{int(float(b)):06d}" for v, a, b in zip(table.youtube_id, table.time_start, table.time_end)]
+        table = csv_table(path := find_file(folder, pattern, f"{split} list"), ("label", "youtube_id", "time_start", "time_end"), "Kinetics")
+        with parsing(path, "Kinetics"): name = [f"{v}_{int(float(a)):06d}_{int(float(b)):06d}" for v, a, b in zip(table.youtube_id, table.time_start, table.time_end)]
         parts.append(labelled(split, name, list(zip(name, table.youtube_id)), table.label))
     rows = pd.concat(parts, ignore_index=True)
     return Annotations(rows, tuple(sorted(rows["class"].unique())))
@@ -31,18 +31,17 @@ def kinetics(
 # %% ../../nbs/data/annotations.ipynb #7a8d15d9
 def _something_labels(path):  # tuple of names in their order
     if path.suffix == ".json":
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(sorted(told, key=lambda c: int(told[c])))
+        with parsing(path, "Something-Something"):
+            told = dict(json.loads(path.read_text(encoding="utf-8")))
+            return tuple(sorted(told, key=lambda c: int(told[c])))
     return tuple(text_lines(path))
 
 # %% ../../nbs/data/annotations.ipynb #7acb9128
 def _something_videos(path):  # pairs of id and class
-    odd = lambda why: StudyError(f"{show_path(path)} is no Something-Something file: {why}")
     if path.suffix == ".json":
-        try: return [(str(v["id"]), v["template"].replace("[", "").replace("]", "")) for v in json.loads(path.read_text(encoding="utf-8"))]
-        except (KeyError, TypeError, json.JSONDecodeError) as e: raise odd(f"{type(e).__name__} {e}") from e
+        with parsing(path, "Something-Something"): return [(str(v["id"]), v["template"].replace("[", "").replace("]", "")) for v in json.loads(path.read_text(encoding="utf-8"))]
     pairs = [tuple(l.split(";", 1)) for l in text_lines(path)]
-    if any(len(p) != 2 for p in pairs): raise odd("a line is not <id>;<label>")
+    if any(len(p) != 2 for p in pairs): raise StudyError(f"{show_path(path)} is no Something-Something file: a line is not <id>;<label>")
     return pairs
 
 # %% ../../nbs/data/annotations.ipynb #df2b8876
@@ -65,8 +64,8 @@ def _moments_classes(path) -> tuple:  # in the order of their numbers
 
 # %% ../../nbs/data/annotations.ipynb #cecdeb47
 def _moments_videos(path) -> list:  # pairs of path without ending and class
-    with open(path, newline="", encoding="utf-8") as f: lines = [l for l in csv.reader(f) if l]
-    if any(len(l) < 2 for l in lines): raise StudyError(f"{show_path(path)} is no Moments file: a line is not <path>,<class>,...")
+    lines = [l for l in csv.reader(text_lines(path)) if l]
+    if any(len(l) < 2 or not l[0] for l in lines): raise StudyError(f"{show_path(path)} is no Moments file: a line is not <path>,<class>,...")
     return [(str(Path(l[0]).with_suffix("")), l[1]) for l in lines]
 
 # %% ../../nbs/data/annotations.ipynb #7e987191
@@ -87,13 +86,18 @@ def ucf101(
     fold: int = 1,  # 1, 2 or 3
 ) -> Annotations:
     "Read the lists of UCF101."
-    classes = tuple(l.split(maxsplit=1)[1] for l in text_lines(find_file(folder, r"^classInd\.txt$", "list of classes")))
+    path = find_file(folder, r"^classInd\.txt$", "list of classes")
+    with parsing(path, "UCF101"): classes = tuple(l.split(maxsplit=1)[1] for l in text_lines(path))
     parts = []
     for split in "train", "test":
         paths = [l.split()[0] for l in text_lines(find_file(folder, rf"^{split}list0?{fold}\.txt$", f"{split} list of fold {fold}"))]
         ids = [str(Path(p).with_suffix("")) for p in paths]
         parts.append(labelled(split, ids, [(v, Path(v).name) for v in ids], [Path(p).parent.name for p in paths]))
     return Annotations(pd.concat(parts, ignore_index=True), classes)
+
+# %% ../../nbs/data/annotations.ipynb #27f5c8b0
+def _hmdb51_lines(path) -> list:  # pairs of name and 0, 1 or 2
+    with parsing(path, "HMDB51"): return [(Path(l.split()[0]).stem, int(l.split()[1])) for l in text_lines(path)]
 
 # %% ../../nbs/data/annotations.ipynb #009cd9aa
 def hmdb51(
@@ -103,7 +107,7 @@ def hmdb51(
     "Read the lists of HMDB51, in which 1 means training, 2 test, 0 neither."
     files = {m[1]: p for p in sorted(Path(folder).rglob("*.txt")) if (m := re.match(rf"(.+)_test_split{fold}$", p.stem))}
     if not files: raise StudyError(f"{show_path(folder)} has no lists of HMDB51 for fold {fold} (<class>_test_split{fold}.txt)")
-    found = [(Path(l.split()[0]).stem, int(l.split()[1]), name) for name, p in files.items() for l in text_lines(p)]
+    found = [(*line, name) for name, p in files.items() for line in _hmdb51_lines(p)]
     table = pd.DataFrame([(v, (f"{name}/{v}", v), {1: "train", 2: "test"}[k], name) for v, k, name in found if k in (1, 2)], columns=["video_id", "stems", "split", "class"])
     return Annotations(table, tuple(sorted(files)))
 

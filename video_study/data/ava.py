@@ -8,16 +8,16 @@ __all__ = ['ava_classes', 'ava', 'proposals']
 # %% ../../nbs/data/ava.ipynb #10083726
 import json, re
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd
 from ..core import StudyError, show_path, unknown
-from .official import Annotations, find_file, text_lines
+from .official import Annotations, find_file, parsing, text_lines
 
 # %% ../../nbs/data/ava.ipynb #2e233cf2
 def ava_classes(
     path,  # .pbtxt, with items of name and id (or label_id)
 ) -> dict:  # id -> name
     "Read the label map of AVA."
-    text = Path(path).read_text(encoding="utf-8")
+    text = "\n".join(text_lines(Path(path)))
     items = re.findall(r"\{(.*?)\}", text, re.S)
     pairs = [(re.search(r"(?:label_)?id:\s*(\d+)", i), re.search(r"name:\s*[\"'](.*?)[\"']", i)) for i in items]
     if not pairs or not all(a and b for a, b in pairs): raise StudyError(f"{show_path(path)} is no label map of AVA (item {{ name: \"...\" id: 1 }})")
@@ -33,8 +33,12 @@ def _ava_lines(
     except (pd.errors.ParserError, UnicodeDecodeError) as e: raise StudyError(f"{show_path(path)} is no AVA file: {e}") from e
     for name in names[1:6]:
         table[name] = pd.to_numeric(table[name], errors="coerce")
-        if table[name].isna().any(): raise StudyError(f"{show_path(path)} is no AVA file: line {int(table[name].isna().idxmax()) + 1} has no number as {name}; lines are {', '.join(names)}")
+        _numbers(path, table, name)
     return table
+
+def _numbers(path, table: pd.DataFrame, name: str):  # refuse a column that lacks some
+    odd = ~np.isfinite(pd.to_numeric(table[name], errors="coerce"))
+    if odd.any(): raise StudyError(f"{show_path(path)} is no AVA file: line {int(odd.idxmax()) + 1} has no number as {name}; lines are {', '.join(table.columns)}")
 
 # %% ../../nbs/data/ava.ipynb #f1c29c38
 def _outside(
@@ -56,7 +60,10 @@ def _key_frames(
 # %% ../../nbs/data/ava.ipynb #ff4d6a91
 def _excluded(folder, split: str) -> set:  # (video, second)
     files = sorted(Path(folder).rglob(f"ava_{split}_excluded*.csv"))
-    return {(v, float(s)) for skip in files for v, s in (l.split(",")[:2] for l in text_lines(skip))}
+    found = set()
+    for path in files:
+        with parsing(path, "AVA"): found |= {(v, float(s)) for v, s in (l.split(",")[:2] for l in text_lines(path))}
+    return found
 
 # %% ../../nbs/data/ava.ipynb #50e06ff4
 def _split_of(
@@ -67,7 +74,9 @@ def _split_of(
     "Read one split."
     path = find_file(folder, rf"^ava_{split}_v2\.1\.csv$", f"{split} list of version 2.1")
     table, place = _ava_lines(path), {k: n for n, k in enumerate(sorted(named))}
-    if (odd := set(table.action.dropna().astype(int)) - set(named)): raise unknown(f"action in {path.name}", min(odd), named)
+    _numbers(path, table, "action")
+    table["action"] = table.action.astype(float).astype(int)
+    if (odd := set(table.action) - set(named)): raise unknown(f"action in {path.name}", min(odd), named)
     out, gone = _outside(table), _excluded(folder, split)
     refused = [(f"{t.video}@{int(t.second):04d}", f"box ({t.x1:g}, {t.y1:g}, {t.x2:g}, {t.y2:g}) is not inside the frame") for t in table[out].itertuples()]
     frames = [(v, float(s), boxes) for (v, s), boxes in _key_frames(table[~out].assign(label=table.action.map(place))).items() if (v, float(s)) not in gone]

@@ -93,7 +93,7 @@ def check_card(
 def _load(path: Path, where: str) -> dict:  # what a card says, not yet checked
     import yaml
     try: told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise StudyError(f"{where} is no YAML: {' '.join(str(e).split())}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise StudyError(f"{where} is no YAML: {' '.join(str(e).split())}") from e
     if not isinstance(told, dict): raise StudyError(f"{where} is not a card: it must state {', '.join(f.name for f in fields(Card))}")
     return told
 

@@ -9,6 +9,7 @@ __all__ = ['read_names', 'check_card_classes', 'choose_classes', 'flip_rule']
 from pathlib import Path
 from ..core import StudyError, rng, show_path, unknown
 from .cards import Card
+from .official import text_lines
 
 # %% ../../nbs/data/classes.ipynb #4cf2252c
 def read_names(
@@ -17,7 +18,7 @@ def read_names(
     "Read names of classes, in the order of the file."
     path = Path(path)
     if not path.is_file(): raise StudyError(f"no file of class names {show_path(path)}")
-    return tuple(l.strip() for l in path.read_text(encoding="utf-8").splitlines() if l.strip())
+    return tuple(text_lines(path))
 
 # %% ../../nbs/data/classes.ipynb #34dd51ff
 def check_card_classes(

@@ -139,17 +139,16 @@ def _decode(
     ds: ClipDataset,
     i: int,  # number of the video
     idx: np.ndarray,  # (T,) frame numbers
+    box: Box | None = None,  # inside the frames; None: all of them
 ) -> np.ndarray:  # (T, H, W, 3) uint8
-    "Read frames from the file."
+    "Read frames from the file, or a region of them."
     native = int(ds.columns["height"][i]), int(ds.columns["width"][i])
     try:
         if ds.manifest.has("first"): idx = idx + int(ds.manifest.table["first"][i].as_py())
-        frames = read(ds.manifest.file(i), idx, ds.short_side, ds.decoder, bool(ds.columns["seek_exact"][i]), native)
-        if frames.shape[1:3] != _size(ds, i): raise StudyError(f"its frames have {frames.shape[1:3]} pixels instead of {_size(ds, i)}; the file is not the one that was listed")
+        return read(ds.manifest.file(i), idx, ds.short_side, ds.decoder, bool(ds.columns["seek_exact"][i]), native, box)
     except StudyError as e:
         video = ds.manifest.table["video_id"][i].as_py()
         raise StudyError(f"video {video!r} of {ds.manifest.name!r}: {e}. Fetch it again, or build the manifest again, which leaves out what cannot be read") from e
-    return frames
 
 # %% ../../nbs/data/clips.ipynb #2ec803e5
 def _whole(
@@ -167,8 +166,7 @@ def _pixels(
     box: Box,  # inside the frames
 ) -> torch.Tensor:  # (T, size, size, 3) uint8
     "Read a region of some frames, scaled to the crop."
-    rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
-    part = ds.store[i][idx, rows, columns] if ds.store else _decode(ds, i, idx)[:, rows, columns]
+    part = ds.store[i][idx, box.top:box.top + box.height, box.left:box.left + box.width] if ds.store else _decode(ds, i, idx, box)
     return apply_box(torch.from_numpy(part), Box(0, 0, box.height, box.width), ds.size)
 
 # %% ../../nbs/data/clips.ipynb #c918c74b
@@ -236,8 +234,10 @@ def views(
     if ds.device is not None or not ds.crops: return _whole(ds, i, np.concatenate(clips)).unflatten(0, (ds.clips, ds.frames))
     regions = boxes(*_size(ds, i), ds.size, ds.crops)
     if ds.store: return torch.stack([_pixels(ds, i, idx, box) for idx in clips for box in regions])
-    frames = torch.from_numpy(_decode(ds, i, np.concatenate(clips)))
-    return torch.stack([apply_box(part, box, ds.size) for part in frames.split(ds.frames) for box in regions])
+    top, left = min(b.top for b in regions), min(b.left for b in regions)
+    around = Box(top, left, max(b.top + b.height for b in regions) - top, max(b.left + b.width for b in regions) - left)
+    frames = torch.from_numpy(_decode(ds, i, np.concatenate(clips), around))
+    return torch.stack([apply_box(part, b._replace(top=b.top - top, left=b.left - left), ds.size) for part in frames.split(ds.frames) for b in regions])
 
 def places(
     ds: ClipDataset,

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 import numpy as np
 from ..core import StudyError, show_path, unknown
-from .packs import SUFFIX, read_pack
+from .packs import SUFFIX, cut, pack_info, read_pack
 
 # %% ../../nbs/data/decode.ipynb #a9eac9dc
 def _decord(
@@ -165,6 +165,27 @@ def fit_short_side(
     if short_side is None: return height, width
     return (short_side, short_side * width // height) if height <= width else (short_side * height // width, short_side)
 
+# %% ../../nbs/data/decode.ipynb #4c1be7d2
+def _reader(
+    path: str,  # a video, or a folder of pictures
+    decode,  # the decoder that was chosen
+):  # the function that reads it
+    "Look at what is there before a decoder does."
+    if os.path.isdir(path): return read_frames
+    if not os.path.isfile(path): raise StudyError(f"no video file {show_path(path)}; was the dataset moved, or not fetched completely?")
+    if not os.path.getsize(path): raise StudyError(f"{show_path(path)} is empty; fetch it again or leave it out")
+    return decode
+
+# %% ../../nbs/data/decode.ipynb #7a90e3d1
+def _whole(
+    size: tuple | None,  # (height, width) of the video, where it is known
+    short_side: int | None,  # that is wanted
+    look,  # () -> (height, width) of the video
+) -> tuple | None:  # (height, width) of the frames to come; None if nothing is known or wanted
+    "Work out what size frames are to have."
+    if size is None and short_side: size = look()
+    return size and fit_short_side(*size, short_side)
+
 # %% ../../nbs/data/decode.ipynb #429092b9
 def read(
     path,  # the video file
@@ -173,16 +194,17 @@ def read(
     decoder: str = "decord",  # a name in `DECODERS`
     seek_exact: bool = True,  # False decodes from the start; `data.probing` tells which is needed
     size: tuple | None = None,  # (height, width) of the video where it is known: saves looking before scaling
+    box: tuple | None = None,  # (top, left, height, width), a region of the scaled frames; None: all of it
 ) -> np.ndarray:  # (frames, height, width, 3) uint8 RGB
     "Read frames of a video."
-    decode, idx = decoder_named(decoder), np.asarray(indices)
-    if idx.ndim != 1 or not len(idx) or idx.dtype.kind not in "iu" or idx.min() < 0:
+    path, idx, decode = str(path), np.asarray(indices), decoder_named(decoder)
+    if idx.ndim != 1 or not len(idx) or idx.dtype.kind not in "iu" or min(idx.tolist()) < 0:
         raise StudyError(f"frame numbers must be a list of whole numbers from 0, not {indices!r}")
-    if str(path).endswith(SUFFIX): decode = lambda path, wanted, size, sequential: read_pack(path, wanted, size)
-    if Path(path).is_dir(): decode = read_frames
-    elif not Path(path).is_file(): raise StudyError(f"no video file {show_path(path)}; was the dataset moved, or not fetched completely?")
-    if not Path(path).stat().st_size: raise StudyError(f"{show_path(path)} is empty; fetch it again or leave it out")
+    if path.endswith(SUFFIX): return read_pack(path, idx.tolist(), _whole(size, short_side, lambda: pack_info(path)[1:3]), box, scale=bool(short_side))
+    decode = _reader(path, decode)
     wanted, back = np.unique(idx.astype(np.int64), return_inverse=True)
-    if short_side and size is None: size = decode(str(path), wanted[:1] * 0, None, False).shape[1:3]
-    frames = decode(str(path), wanted, fit_short_side(*size, short_side) if short_side else None, not seek_exact)
+    whole = _whole(size, short_side, lambda: decode(path, wanted[:1] * 0, None, False).shape[1:3])
+    frames = decode(path, wanted, whole if short_side else None, not seek_exact)
+    if whole and frames.shape[1:3] != whole: raise StudyError(f"{show_path(path)} has frames of {frames.shape[1]}x{frames.shape[2]} pixels instead of {whole[0]}x{whole[1]}; the file is not the one that was listed")
+    frames = cut(frames, box)
     return frames if len(wanted) == len(idx) and (back[1:] > back[:-1]).all() else frames[back]

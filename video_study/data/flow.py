@@ -10,9 +10,9 @@ __all__ = ['BOUND', 'FARNEBACK', 'farneback', 'quantise', 'dequantise', 'mirror_
 from dataclasses import replace
 import numpy as np
 from ..core import StudyError, data_home, unknown
-from .cache import frames_of, keep_packed, make_packs, only_one, packed
+from .cache import check_room, frames_of, is_pack, keep_packed, make_packs, only_one, packed
 from .catalog import dataset
-from .packs import pack_info, write_pack
+from .packs import write_pack
 
 # %% ../../nbs/data/flow.ipynb #b10dcbac
 def _opencv():  # the module
@@ -61,11 +61,6 @@ def mirror_flow(
     out[..., 0] = 256 - out[..., 0].clip(1).astype(np.int16)
     return out
 
-# %% ../../nbs/data/flow.ipynb #7cb5f454
-def _has_frames(target, n: int) -> bool:  # whether the pack is there, with so many frames
-    try: return pack_info(target).num_frames == n
-    except (OSError, StudyError): return False
-
 # %% ../../nbs/data/flow.ipynb #58f14148
 def make_flow(
     name,  # of a dataset
@@ -76,11 +71,12 @@ def make_flow(
     "Compute the flow of a dataset, or what is missing of it."
     _opencv()
     m = dataset(name)
-    called, n = f"{m.name}_flow{short_side}", m.column("num_frames")
+    called = f"{m.name}_flow{short_side}"
     folder = data_home() / called
     make = lambda i, target: write_pack(target, quantise(farneback(frames_of(m, i, short_side, decoder))), 0)
     with only_one(folder, "writing the flow"):
-        lost = make_packs(m, folder, make, lambda target, i: _has_frames(target, n[i]), "flow of", workers, 3600.)
+        check_room(m, short_side, folder)
+        lost = make_packs(m, folder, make, lambda target, i: is_pack(target, m, i, short_side, 0), "flow of", workers, 3600.)
         new = _flow_of(m, called, short_side, lost)
         return keep_packed(new, lost, f"the flow of {len(new)} of {len(m)} videos is", "trains on it")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import StudyError, show_path, unknown
 from .manifest import SUFFIXES
-from .official import Annotations
+from .official import Annotations, parsing, text_lines
 
 # %% ../../nbs/data/lists.ipynb #285f5ef6
 LISTS = {"video": ("path", "label"), "rawframes": ("path", "num_frames", "label"), "ibm": ("path", "start", "end", "label")}
@@ -36,8 +36,7 @@ def list_kind(
     path,  # of a list file
 ) -> str:  # a key of LISTS, "slowfast" or "unlabelled"
     "Tell which project's format a list has."
-    text = Path(path).read_text(encoding="utf-8-sig")
-    lines = [l for l in text.splitlines() if l.strip()]
+    lines = text_lines(Path(path))
     if not lines: raise StudyError(f"the list {show_path(path)} is empty")
     if lines[0].startswith("original_vido_id"): return "slowfast"
     counts = {len(_split(l)) for l in lines[:100]}
@@ -55,7 +54,7 @@ def _slowfast(
     lacking = {"original_vido_id", "path", "labels"} - set(table)
     if lacking: raise StudyError(f"{show_path(path)} begins like a list of SlowFast but lacks the column {sorted(lacking)[0]!r}")
     labels = lambda texts: sorted({int(v) for t in texts for v in t.strip('"').split(",") if v})
-    found = [(str(Path(g["path"].iloc[0]).parent), len(g), labels(g["labels"])) for _, g in table.groupby("original_vido_id", sort=False)]
+    with parsing(path, "SlowFast"): found = [(str(Path(g["path"].iloc[0]).parent), len(g), labels(g["labels"])) for _, g in table.groupby("original_vido_id", sort=False)]
     return pd.DataFrame({"path": [f[0] for f in found], "first": 0, "num_frames": [f[1] for f in found], "labels": [" ".join(map(str, f[2])) for f in found]})
 
 # %% ../../nbs/data/lists.ipynb #a7cc596a
@@ -70,8 +69,8 @@ def read_list(
     if kind == "slowfast": return _slowfast(path)
     if kind == "unlabelled": raise StudyError(f"{show_path(path)} has no labels (path, first and last frame): it is a list for predictions, not for training or evaluation")
     if kind not in LISTS: raise unknown("kind of list", kind, [*LISTS, "slowfast"])
-    rows = [_split(l, len(LISTS[kind])) for l in path.read_text(encoding="utf-8-sig").splitlines() if l.strip()]
-    bad = [k for k, r in enumerate(rows) if len(r) != len(LISTS[kind]) or not all(re.fullmatch(r"\d+", v) for v in r[1:])]
+    rows = [_split(l, len(LISTS[kind])) for l in text_lines(path)]
+    bad = [k for k, r in enumerate(rows) if len(r) != len(LISTS[kind]) or not all(re.fullmatch(r"\d{1,15}", v) for v in r[1:])]
     if bad: raise StudyError(f"{show_path(path)}, line {bad[0] + 1}: not {' '.join(LISTS[kind])} with whole numbers")
     table = pd.DataFrame(rows, columns=LISTS[kind]).astype({c: np.int64 for c in LISTS[kind][1:]})
     if kind == "ibm": table = table.assign(first=(table.start - 1).clip(0), num_frames=table.end - table.start.clip(1) + 1).drop(columns=["start", "end"])
