@@ -63,6 +63,9 @@ class Place:
     device: str = "cpu"  # or "cuda"
     dtype: str = "float32"  # or "bfloat16", under autocast
 
+    @property
+    def clock(self): return time.process_time if self.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter  # of one thread other work on the machine takes nothing
+
     def wait(self): torch.cuda.synchronize() if self.device == "cuda" else None
     def autocast(self): return torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
@@ -199,7 +202,7 @@ def limits(
     a, b = (torch.randn(side, side, device=place.device, dtype=getattr(torch, place.dtype)) for _ in range(2))
     source = torch.empty(megabytes * 2**20 // 4, device=place.device)
     target = torch.empty_like(source)
-    found = in_rounds(dict(product=lambda: a @ b, copy=lambda: target.copy_(source)), rounds, place.wait)
+    found = in_rounds(dict(product=lambda: a @ b, copy=lambda: target.copy_(source)), rounds, place.wait, place.clock)
     return dict(operations_per_second=spread([2 * side**3 / s for s in found["product"]]), bytes_per_second=spread([2 * 4 * source.numel() / s for s in found["copy"]]))
 
 # %% ../../nbs/models/benchmark.ipynb #875121c1
@@ -290,7 +293,7 @@ def measure(
     ready, rows = check_answers(candidates, clips, place, "inference" in innermost), []
     for mode in modes:
         if mode == "training" or place.dtype != "float32": ready = {c.name: prepared(c, mode, clips, place, mode in innermost) for c in candidates if mode in c.modes}
-        found = in_rounds(ready, rounds, place.wait)
+        found = in_rounds(ready, rounds, place.wait, place.clock)
         for name, seconds in found.items():
             told = dict(model=name, mode=mode, batch=batch, frames=shape[1], size=shape[2])
             rows.append(told | dict(quantity="seconds_per_clip") | spread([s / batch for s in seconds]))

@@ -150,7 +150,7 @@ def compiler_rows(
             start = time.perf_counter()
             answers[form] = run()
             rows.append(dict(model=ours.name, form=form, quantity="seconds_to_first_answer", value=time.perf_counter() - start))
-        found = in_rounds(forms, rounds)
+        found = in_rounds(forms, rounds, clock=Place().clock)
     check_same(answers["plan"], answers["compiled"], "a plan")
     return rows + [dict(model=ours.name, form=form, quantity="seconds_per_clip") | spread([s / batch for s in seconds]) for form, seconds in found.items()]
 
@@ -187,8 +187,10 @@ def main(
     p.add_argument("--groups", default=",".join(GROUPS), help="of these, separated by commas")
     p.add_argument("--batch", type=int, default=1, help="clips")
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--threads", type=int, default=0, help="of PyTorch on a processor; 0: all. With 1, the processor's time is measured")
     p.add_argument("--output", help="CSV file; standard output by default")
     args = p.parse_args(argv)
+    if args.threads: torch.set_num_threads(args.threads)
     place, rows = Place(args.device, args.dtype), []
     rows += limit_rows(place, side=8192 if args.device == "cuda" else 2048)
     for group in args.groups.split(","):
