@@ -106,7 +106,9 @@ class TAM(Temporal):
 
     def aggregated(self, x):
         if x.device.type == "cpu" and self.conv.groups > 1: return WeightedSum.apply(x, self.conv.weight[:, 0, :, 0])
-        return self.conv(x.flatten(3)).unflatten(3, x.shape[3:])
+        return self.convolved(x)
+
+    def convolved(self, x): return self.conv(x.flatten(3)).unflatten(3, x.shape[3:])
 
     def along_time(self, x): return F.relu(self.aggregated(x), inplace=True)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'trainer_of', 'random_batches', 'timed', 'bare', 'rewound', 'looped', 'share_of_bare', 'drawn_operations',
-           'times_single', 'from_files', 'seconds_to_import', 'seconds_to_reread', 'wheel']
+           'times_single', 'profile_single', 'from_files', 'seconds_to_import', 'seconds_to_reread', 'wheel']
 
 # %% ../../nbs/training/benchmark.ipynb #7888a629
 import os, shutil, subprocess, sys, tempfile, time, zipfile
@@ -17,8 +17,9 @@ from ..data.benchmark import Sources
 from ..data.clips import Batch, ClipDataset
 from ..data.manifest import Manifest
 from ..models.adaptive import Config, adaptive
-from ..models.benchmark import in_rounds, ratios, spread
+from ..models.benchmark import Place, in_rounds, ratios, spread
 from ..models.budget import config_cost
+from ..models.profiles import seconds_by_kind
 from .distributed import shared_loader
 from .experiment import experiment
 from .loop import save_run
@@ -146,6 +147,20 @@ def times_single(
     first, told = next(iter(feeds)), {feed: ratios(found, ("mutual", feed), ("single", feed)) for feed in feeds}
     for feed in list(feeds)[1:]: told[f"share of {feed}"] = spread([1 - a / b for a, b in zip(found["single", first], found["single", feed])])
     return told
+
+# %% ../../nbs/training/benchmark.ipynb #a7b00a02
+def profile_single(
+    trainers: tuple,  # a single network's, the same with mutual training
+    batches: list,  # of Batch
+    folder: Path,
+) -> list:  # rows: who, kind, seconds of an update, share
+    "Profile an update with mutual training and one without."
+    rows = []
+    for who, trainer in zip(("single", "mutual"), trainers):
+        place = Place(trainer.device.type)
+        found = seconds_by_kind(looped(trainer, batches, len(batches), folder, False), 1, place)
+        rows += [dict(who=who, kind=kind, seconds=s / len(batches), share=s / sum(found.values())) for kind, s in found.items()]
+    return rows
 
 # %% ../../nbs/training/benchmark.ipynb #fcd290fe
 def from_files(
