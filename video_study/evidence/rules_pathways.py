@@ -38,7 +38,3 @@ declare("A3-19", "Frames before width: 1x3x56 is above 0.83x4x56; width before m
 declare("A3-24", "A quarter fewer Slow frames cost it less than 2 points, and less than they cost A3D-Slow.",
     measured=(Statement("loss of A3D-SlowFast < 2 points", lost("1x4x56", "1x3x56"), high=2),
               Statement("loss of A3D-Slow > loss of A3D-SlowFast", (*lost("1x4x56", "1x3x56", "a3d_slow"), *lost("1x3x56", "1x4x56")), low=0)), command=PATHWAYS)
-
-# %% ../../nbs/evidence/rules_pathways.ipynb #5029272c
-declare("A3-29", "Slow tested on frames larger by 8 / 7 than those of training is above the same tested on those of training.",
-    measured=(compare(at("larger", "slow"), at("full", "slow"), "Slow: larger frames > frames of training"),), command=PATHWAYS)
