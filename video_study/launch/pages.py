@@ -15,7 +15,7 @@ from .parameters import notebook_cells
 
 # %% ../../nbs/launch/pages.ipynb #3c6c274e
 ORDER = ["index", "complexity", "ablation_tam", "ablation_aggregation", "ablation_temporal_pooling", "ablation_pretraining", "ablation_sampling", "ablation_test_clips", "ablation_fusion", "ablation_frames",
-         "ablation_convolutions", "ablation_modality", "ablation_expansion", "ablation_mobile", "ablation_tradeoff", "ablation_mutual_training", "transfer", "features", "speed", "speed_training", "speed_input", "claims"]
+         "ablation_convolutions", "ablation_modality", "ablation_expansion", "ablation_mobile", "ablation_tradeoff", "ablation_mutual_training", "ablation_pathways", "transfer", "features", "speed", "speed_training", "speed_input", "claims"]
 ROOMS = dict(data="from files on a disk to clips", models="every network, its weights and its cost", training="protocols, the loop, mutual training, evaluation",
              launch="notebooks as commands, runs on this machine or a cluster, pages", evidence="published numbers, rules, verdicts, figures")
 

@@ -139,16 +139,17 @@ def positions(
 def cost_surface(
     net: Adaptive,
     configs,  # many
+    crop: int | None = None,  # side of the clip that several pathways share; see `clip_of`
 ) -> list[dict]:  # config, macs and params, in their order
     "Count many configurations exactly."
     places, weights, rows = {}, {}, []
     for c in configs:
         c = check(net, c)
         if c.width not in weights: weights[c.width] = {n: p.numel() for n, p in skeleton(net, c.width, net.whole.frames)[0].named_parameters()}
-        if (c.frames, c.size) not in places: slim, _ = skeleton(net, c.width, c.frames); places[c.frames, c.size] = positions(slim, clip_of(net, slim, c))
+        if (c.frames, c.size) not in places: slim, _ = skeleton(net, c.width, c.frames); places[c.frames, c.size] = positions(slim, clip_of(net, slim, c, crop))
         macs = sum(n * weights[c.width][f"{layer}.weight"] for layer, n in places[c.frames, c.size].items())
         rows.append(dict(config=astuple(c), macs=macs, params=sum(weights[c.width].values())))
-    if rows and config_cost(net, Config(*rows[0]["config"])).macs != rows[0]["macs"]:
+    if rows and config_cost(net, Config(*rows[0]["config"]), crop).macs != rows[0]["macs"]:
         raise StudyError(f"{net.spec.name} multiplies matrices that are no weights, such as attention; use config_cost")
     return rows
 
