@@ -42,6 +42,7 @@ class Options:
     log_steps: int = 0  # updates between lines of steps.jsonl
     tensorboard: bool = False  # also write curves for TensorBoard
     augment: str = "workers"  # where clips are cropped, scaled and mirrored: see `fit`
+    recompute: bool = False  # activation checkpointing: see `fit`
 
 # %% ../../nbs/training/loop.ipynb #3ae7120f
 def save_run(
@@ -91,7 +92,7 @@ def diverged(
 def out_of_memory(exp: Experiment) -> StudyError:  # to be raised
     "Say what to do when a GPU is full."
     return StudyError(f"{exp.label}: the GPU has no room for {exp.recipe.batch_size // world()} clips at a time; scaled(recipe, batch_size={max(1, exp.recipe.batch_size // 2)}, "
-                      f"accumulate={2 * exp.recipe.accumulate}) needs half of it for the same batch, as do twice as many processes")
+                      f"accumulate={2 * exp.recipe.accumulate}) needs half of it for the same batch, as do twice as many processes; fit(..., recompute=True) needs a fraction of it and a third more time")
 
 # %% ../../nbs/training/loop.ipynb #a1ca747d
 def ripen(
@@ -181,7 +182,7 @@ def run(
     lead(lambda: state.claim(folder, exp))
     manifest = dataset(exp.data)
     cut = device if how.augment == "device" else None
-    videos, trainer = make_clips(exp, manifest, "train", train=True, device=cut), make_trainer(exp, len(manifest.classes), device, how.compile, manifest.card.task, cut)
+    videos, trainer = make_clips(exp, manifest, "train", train=True, device=cut), make_trainer(exp, len(manifest.classes), device, how.compile, manifest.card.task, cut, how.recompute)
     if has_people(manifest): trainer.alongside = PeoplePass(videos, threshold(manifest))
     saved = lead(lambda: state.load(folder / "checkpoint.pt", exp.key) if (folder / "checkpoint.pt").exists() else None)
     if saved: restore_trainer(trainer, saved)
@@ -217,13 +218,15 @@ def fit(
     log_steps: int = 0,  # write a line of steps.jsonl every so many updates
     tensorboard: bool = False,  # write curves for TensorBoard
     augment: str = "workers",  # where clips are cropped, scaled and mirrored: by the "workers" that read them, or, from whole frames, on the "device" of the model
+    recompute: bool = False,  # compute the insides of blocks again in the backward pass instead of keeping them: less memory, the same result, a third more operations
 ) -> Result:
     "Run an experiment to its end, or return the result it already has."
     if augment not in ("workers", "device"): raise unknown("place of augmentation", augment, ("workers", "device"))
+    if recompute and compile: raise StudyError("recompute=True and compile=... both decide what is kept for the backward pass; give one of them")
     join()
     exp, device = resolve(exp), own_device(device)
     check_run(exp, device)
-    how = Options(workers, every, stop, "inductor" if compile is True else compile or None, log_steps, tensorboard, augment)
+    how = Options(workers, every, stop, "inductor" if compile is True else compile or None, log_steps, tensorboard, augment, recompute)
     folder = Path(folder) if folder is not None else state.run_folder(exp.key)
     def finished():
         if not (folder / "result.json").exists(): return None

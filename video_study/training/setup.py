@@ -12,6 +12,7 @@ import torch
 from ..core import StudyError, derive_seed
 from ..data.clips import ClipDataset, to_input
 from ..models.detection import Detector
+from ..models.recompute import recompute
 from .distributed import local_rank, gpu_of, world
 from .experiment import Experiment
 from .mutual import alongside
@@ -27,6 +28,7 @@ def make_trainer(
     compile: str | None = None,  # backend of torch.compile; None: not
     task: str = "single",  # of the dataset's card; "boxes": what each of some people does
     cut: torch.device | None = None,  # where clips are cut out of whole frames; None: where videos are read
+    again: bool = False,  # whether blocks are computed again in the backward pass
 ) -> Trainer:
     "Make the model of an experiment, ready to train."
     torch.manual_seed(derive_seed(exp.seed, "init"))
@@ -36,6 +38,7 @@ def make_trainer(
     mean, std = model.spec.mean, model.spec.std
     prepare = lambda clips: to_input(clips.to(device, non_blocking=True), mean, std)
     model = set_norms(channels_last(model).to(device), recipe.bn_clips, recipe.batch_size // world())
+    if again: recompute(model)
     return Trainer(model, recipe, prepare, exp.seed, device, compile=compile, alongside=alongside(model, recipe, exp.image_size), cut=cut)
 
 # %% ../../nbs/training/setup.ipynb #7943ddd8
