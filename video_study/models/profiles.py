@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'TIME', 'kind_of', 'channelwise', 'sort_event', 'profiled', 
            'batch_that_fits']
 
 # %% ../../nbs/models/profiles.ipynb #c3d00a02
-import os
+import gc, os
 from typing import Callable
 import torch
 from torch import nn
@@ -56,6 +56,8 @@ def profiled(run: Callable, place: Place) -> dict:  # kind -> seconds
     for event in profile.events():
         kind = sort_event(event)
         found[kind] = found.get(kind, 0) + getattr(event, spent) / 1e6
+    del profile, event
+    gc.collect()  # events refer to each other, and those of a step take gigabytes
     return found
 
 def seconds_by_kind(
